@@ -1,0 +1,1 @@
+"""Tar shards in, batches out: write, index, order, read, transform, load."""

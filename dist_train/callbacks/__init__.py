@@ -1,0 +1,85 @@
+"""Callbacks observe and decide; the engine acts (law 10).
+
+The loop, with each hook in its place:
+
+    configure(recipe)                                # before anything is built
+    run_begins(run)
+    for step, batch in data:
+        step_begins(run)                             # schedules set their scalars
+        for turn in objective.turns(step):
+            ... forward and backward of every micro-batch ...
+            gradients_ready(run, turn)               # clipping is decided here
+            ... the engine clips, updates, gathers ...
+        step_ends(run)                               # log, evaluate, sample, save, stop
+            evaluation_batch(run, outputs, micro)    # within an evaluation, once a batch
+            evaluated(run, results)                  # after it
+            logged(run, row)                         # rank 0 only: this step's row is on disk
+    run_ends(run)
+    failed(run, error)                               # instead of run_ends, when an error ends the run
+
+Every hook but `logged` runs on all ranks, so a hook may use collectives as long as it does so on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_train.data_shards.loader import MicroBatch
+    from dist_train.engine import Slice
+    from dist_train.objectives import Turn
+    from dist_train.recipe import Recipe
+    from dist_train.trainer import Trainer
+
+
+class Callback:
+    """What is not fetch, backward or step. Override the hooks you need; a method that is no hook is an error."""
+
+    priority = 50
+    """Callbacks run in the order of this number, low first; 80 writes the row, 90 saves the checkpoint."""
+
+    def configure(self, recipe: Recipe) -> None: ...
+    def run_begins(self, run: Trainer) -> None: ...
+    def step_begins(self, run: Trainer) -> None: ...
+    def gradients_ready(self, run: Trainer, turn: Turn) -> None: ...
+    def step_ends(self, run: Trainer) -> None: ...
+    def logged(self, run: Trainer, row: dict[str, Any]) -> None: ...
+    def evaluation_batch(
+        self, run: Trainer, outputs: dict[str, Tensor], micro: MicroBatch
+    ) -> None: ...
+    def evaluated(self, run: Trainer, results: dict[str, float]) -> None: ...
+    def failed(self, run: Trainer, error: BaseException) -> None: ...
+    def run_ends(self, run: Trainer) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart, as JSON values, the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def slices(self) -> Iterable[tuple[str, Slice]]:
+        """Tensors that must survive a restart, by name; from `run_begins` on. A resume overwrites their storage."""
+        return ()
+
+    def weights(self, run: Trainer) -> dict[str, dict[str, Tensor]]:
+        """Whole weights by player, for `evaluate: {weights: INSTANCE}` (collective); only averages have them."""
+        raise TypeError(f"{type(self).__name__} keeps no weights")
+
+
+class Callbacks:
+    """The callbacks of a run by instance name, called in order of priority."""
+
+    def __init__(self, instances: Mapping[str, Callback]) -> None:
+        self.by_name = dict(sorted(instances.items(), key=lambda item: item[1].priority))
+
+    def __iter__(self) -> Iterator[Callback]:
+        return iter(self.by_name.values())
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call one hook of every callback."""
+        for callback in self.by_name.values():
+            getattr(callback, hook)(*arguments)

@@ -1,0 +1,49 @@
+"""Checkpoints on their schedule, and which of them to keep."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from dist_train import checkpoint
+from dist_train.callbacks import Callback
+from dist_train.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_train.trainer import Trainer
+
+
+class CheckpointCallback(Callback):
+    """Save every so often, at the end, and at each new best; keep the last few and the best.
+
+    Args:
+        every: "500 steps", "1 epoch", ...; None saves only the best and the end.
+        keep: how many of the newest to keep. An old one goes only after a newer one is whole on disk.
+    """
+
+    priority = 90
+
+    def __init__(self, every: str | None = "1 epoch", keep: int = 2) -> None:
+        if keep < 1:
+            raise UserError(f"checkpoint: keep must be at least 1, got {keep}")
+        self.every, self.keep = every, keep
+
+    def step_ends(self, run: Trainer) -> None:
+        due = self.every is not None and run.every(self.every)
+        if due or run.is_last or run.best.get("step") == run.step:
+            run.save()
+            if run.world.is_main:
+                self._prune(run)
+
+    def _prune(self, run: Trainer) -> None:
+        folder = run.directory.checkpoints
+        old = checkpoint.steps(folder)[: -self.keep]
+        for step in old:
+            if step != run.best.get("step") and not checkpoint.problems(
+                checkpoint.at(folder, run.step)
+            ):
+                doomed = folder / f".deleting-{step:08d}"
+                checkpoint.at(folder, step).rename(
+                    doomed
+                )  # at once: never a half-deleted checkpoint by its name
+                shutil.rmtree(doomed)

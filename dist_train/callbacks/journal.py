@@ -1,0 +1,68 @@
+"""The journal: one row a log interval into metrics.jsonl, the truth that console and trackers mirror (law 8)."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dist_train.callbacks import Callback
+
+if TYPE_CHECKING:
+    from dist_train.trainer import Trainer
+
+
+class Journal(Callback):
+    """Writes this step's row when the log interval is due or something was recorded, then calls `logged` on all."""
+
+    priority = 80
+
+    def __init__(self, every: str) -> None:
+        self.every = every
+
+    def run_begins(self, run: Trainer) -> None:
+        self.window = self.last = time.perf_counter()
+        self.window_step = run.step
+        self.tokens = 0.0
+        run.data_wait = 0.0
+
+    def step_ends(self, run: Trainer) -> None:
+        for player in run.losses:
+            engine = run.engines[player]
+            run.log(run.named(player, "gradient_norm"), engine.norm, 1.0)
+        if not (run.every(self.every) or run.is_last or run.row):
+            return
+        means = run.meter.flush(run.world)
+        now = time.perf_counter()
+        run.seconds += now - self.last
+        elapsed = max(now - self.window, 1e-9)
+        rate = (run.step - self.window_step) / elapsed
+        row: dict[str, Any] = {
+            "step": run.step,
+            "epoch": round(run.epoch, 6),
+            "samples": run.step * run.global_batch,
+            "seconds": round(run.seconds, 3),
+            **means,
+            **{
+                run.named(player, "learning_rate"): engine.param_groups[0]["lr"]
+                for player, engine in run.engines.items()
+            },
+            "samples_per_second": round(rate * run.global_batch, 3),
+            "data_wait": round(min(1.0, run.data_wait / elapsed), 4),
+            "memory_mb": round(peak_memory(run.world.device) / 2**20, 1),
+            **run.row,
+        }
+        self.window, self.last, self.window_step, run.data_wait = now, now, run.step, 0.0
+        run.row = {}
+        if run.world.is_main:
+            run.directory.append_row(row)
+            run.callbacks.call("logged", run, row)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes at most in use: of the GPU where there is one, else resident memory of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

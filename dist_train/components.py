@@ -1,0 +1,142 @@
+"""The catalogue of named parts, and how a recipe's `{name: ..., arguments}` becomes an object.
+
+A part is a row `name -> "module:attribute"`, so listing and checking names imports nothing heavy. A user's own part
+is named by its import path (`my_package.nets:Net`, also `my_package.nets:Net.small`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from dist_train.errors import UserError, nearest
+
+CATALOGUE: dict[str, dict[str, str]] = {
+    "model": {
+        "resnet": "dist_train.models.resnet:ResNet",
+        "transformer": "dist_train.models.transformer:Transformer",
+        "conv_generator": "dist_train.models.gan:ConvGenerator",
+        "conv_critic": "dist_train.models.gan:ConvCritic",
+    },
+    "objective": {
+        "classification": "dist_train.objectives.classification:Classification",
+        "language_modelling": "dist_train.objectives.language_modelling:LanguageModelling",
+        "wgan_gp": "dist_train.objectives.wgan_gp:WassersteinGradientPenalty",
+    },
+    "optimizer": {
+        "sgd": "dist_train.optimizers:sgd",
+        "adam": "dist_train.optimizers:adam",
+        "adamw": "dist_train.optimizers:adamw",
+    },
+    "schedule": {
+        "constant": "dist_train.schedules:constant",
+        "step": "dist_train.schedules:step",
+        "multi_step": "dist_train.schedules:multi_step",
+        "exponential": "dist_train.schedules:exponential",
+        "linear": "dist_train.schedules:linear",
+        "cosine": "dist_train.schedules:cosine",
+        "inverse_sqrt": "dist_train.schedules:inverse_sqrt",
+    },
+    "callback": {
+        "clip_gradients": "dist_train.callbacks.clip_gradients:ClipGradients",
+        "learning_rate_decay": "dist_train.callbacks.learning_rate_decay:LearningRateDecay",
+        "ema": "dist_train.callbacks.ema:ExponentialMovingAverage",
+        "early_stopping": "dist_train.callbacks.early_stopping:EarlyStopping",
+        "checkpoint": "dist_train.callbacks.checkpoint:CheckpointCallback",
+        "console": "dist_train.callbacks.console:Console",
+        "wandb": "dist_train.callbacks.wandb:WandbMirror",
+        "samples": "dist_train.callbacks.samples:Samples",
+    },
+    "metric": {
+        "accuracy": "dist_train.metrics:accuracy",
+        "loss": "dist_train.metrics:loss",
+        "bits_per_byte": "dist_train.metrics:bits_per_byte",
+        "perplexity": "dist_train.metrics:perplexity",
+    },
+    "transform": {
+        "random_crop": "dist_train.data_shards.transforms:RandomCrop",
+        "horizontal_flip": "dist_train.data_shards.transforms:HorizontalFlip",
+    },
+    "source": {
+        "mnist5k": "dist_train.data_shards.sources:mnist5k",
+        "digits": "dist_train.data_shards.sources:digits",
+        "python-text": "dist_train.data_shards.sources:python_text",
+        "image-folder": "dist_train.data_shards.sources:image_folder",
+        "text-files": "dist_train.data_shards.sources:text_files",
+    },
+}
+
+
+def resolve(kind: str, name: str, where: str = "") -> Any:
+    """Return the part called `name`: a row of the catalogue, or the user's own `package.module:Attribute`."""
+    where = where or kind
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: expected the name of a {kind}, got {name!r}")
+    target = CATALOGUE[kind].get(name)
+    if target is None:
+        if ":" not in name:
+            raise UserError(
+                f"{where}: no {kind} is called '{name}'{nearest(name, CATALOGUE[kind])}"
+                f" (there are {', '.join(sorted(CATALOGUE[kind]))}, or package.module:Name)"
+            )
+        target = name
+    module_name, _, attribute = target.partition(":")
+    try:
+        part = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise UserError(
+                f"{where}: '{name}' needs the package '{error.name}', which is not installed"
+            ) from error
+        raise UserError(
+            f"{where}: cannot import '{module_name}' for '{name}' (is its folder the recipe's project root?)"
+        ) from error
+    for piece in attribute.split("."):
+        if not hasattr(part, piece):
+            raise UserError(
+                f"{where}: '{module_name}' has no '{attribute}'{nearest(piece, dir(part))}"
+            )
+        part = getattr(part, piece)
+    return part
+
+
+def arguments(part: Any) -> Mapping[str, inspect.Parameter]:
+    """The named arguments that a part's constructor takes."""
+    return inspect.signature(part).parameters
+
+
+def check(kind: str, spec: Mapping[str, Any], where: str, provided: tuple[str, ...] = ()) -> Any:
+    """Check a spec's arguments against its part's signature; `provided` are given by the trainer, not the recipe.
+
+    Returns the part. Raises UserError that names `where`, the argument and the nearest valid one.
+    """
+    part = resolve(kind, spec.get("name", ""), where if "name" not in spec else f"{where}.name")
+    parameters = arguments(part)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return part
+    own = [name for name in parameters if name not in provided]
+    for key in spec:
+        if key != "name" and key not in own:
+            takes = ", ".join(own) or "no arguments"
+            raise UserError(
+                f"{where}.{key}: {spec['name']} has no argument '{key}'{nearest(key, own)} (it takes {takes})"
+            )
+    for name in own:
+        if parameters[name].default is inspect.Parameter.empty and name not in spec:
+            raise UserError(f"{where}.{name}: {spec['name']} needs this argument")
+    return part
+
+
+def build(kind: str, spec: Mapping[str, Any], where: str, **provided: Any) -> Any:
+    """Construct the part that `spec` describes, adding those of `provided` that its signature takes."""
+    part = check(kind, spec, where, tuple(provided))
+    given = {key: value for key, value in spec.items() if key != "name"}
+    taken = {key: value for key, value in provided.items() if key in arguments(part)}
+    try:
+        return part(**taken, **given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {spec['name']} refused its arguments: {error}") from error

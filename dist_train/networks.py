@@ -1,0 +1,68 @@
+"""What a turn sees of the networks: its own player live, every other player through a frozen view (law 5)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import nearest
+
+
+class Player(nn.Module):
+    """The networks that share one optimiser, each called by its name, in the run's precision.
+
+    Under bf16 the weights stay fp32 and autocast chooses the type of each operation; outputs come back as fp32, so
+    that losses are written once for every precision.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], precision: str, device_type: str) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.bf16 = precision == "bf16"
+        self.device_type = device_type
+
+    def forward(self, name: str, *inputs: Any) -> Any:
+        if not self.bf16:
+            return self.networks[name](*inputs)
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return _to_fp32(self.networks[name](*inputs))
+
+    def skeleton(self) -> Player:
+        """A copy without weights (they lie on the meta device): a function of the weights that a view passes in."""
+        return copy.deepcopy(self).to("meta")
+
+
+def _to_fp32(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.float() if output.is_floating_point() else output
+    if isinstance(output, tuple | list):
+        return type(output)(_to_fp32(part) for part in output)
+    if isinstance(output, dict):
+        return {key: _to_fp32(part) for key, part in output.items()}
+    return output
+
+
+class Networks:
+    """The networks of a run by name: `networks.critic(x)`. What stands behind a name depends on who looks."""
+
+    def __init__(self, calls: Mapping[str, Callable[..., Any]]) -> None:
+        self._calls = dict(calls)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self.__dict__["_calls"][name]
+        except KeyError:
+            names = self.__dict__["_calls"]
+            raise AttributeError(
+                f"no network is called '{name}'{nearest(name, names)} (there are {', '.join(names)})"
+            ) from None
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return self.__getattr__(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._calls)

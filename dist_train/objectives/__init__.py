@@ -1,0 +1,71 @@
+"""An objective says whose turn it is, and what that turn's loss is: written as if on one device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_train.data_shards.loader import MicroBatch
+    from dist_train.networks import Networks
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One player's update within a step. `index` counts the turns of that step from 0."""
+
+    player: str
+    index: int = 0
+
+
+class Objective(ABC):
+    """Subclass it, and name the class in a recipe: `objective: {name: my_package.losses:MyObjective}`."""
+
+    players: tuple[str, ...] = ("model",)
+    """The players this objective knows, one optimiser each."""
+
+    given: frozenset[str] = frozenset()
+    """Players whose loss needs a double backward (a gradient penalty): their gradients are taken whole, then given
+    to the engine, instead of being streamed to it layer by layer."""
+
+    def turns(self, step: int) -> list[Turn]:
+        """Whose turns step `step` has, in order. A pure function of the step."""
+        return [Turn(player, index) for index, player in enumerate(self.players)]
+
+    @abstractmethod
+    def loss(
+        self, turn: Turn, networks: Networks, micro: MicroBatch, scalars: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a micro-batch (0-d) and what to log of it (detached 0-d tensors).
+
+        `networks.NAME` is the network as this turn may see it: live for the turn's own player, frozen for the others.
+        """
+
+    def weight(self, micro: MicroBatch) -> float | Tensor:
+        """How many things the loss averages over: samples, unless an objective counts tokens or pixels."""
+        return float(len(micro.ids))
+
+    def constant_weight(self) -> bool:
+        """Whether every micro-batch weighs the same, so that no rank has to ask the others."""
+        return type(self).weight is Objective.weight
+
+    def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
+        """Outputs on an evaluation batch, for the metrics; `loss_sum` and `loss_count` over the first `micro.real` rows."""
+        raise TypeError(
+            f"{type(self).__name__} has no evaluation: give it `evaluate`, or remove `evaluate:`"
+        )
+
+    def samples(self, networks: Networks, count: int, device: str) -> dict[str, Tensor]:
+        """Images (N, C, H, W) in [0, 1] to look at, drawn from the default generator; empty when there are none."""
+        return {}
+
+    def continue_bytes(
+        self, networks: Networks, prompt: bytes, count: int, context: int
+    ) -> bytes | None:
+        """`prompt` and `count` bytes more, drawn from the default generator; the model sees the last `context` bytes.
+        None when the model writes no text."""
+        return None

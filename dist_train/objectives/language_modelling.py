@@ -1,0 +1,53 @@
+"""Language modelling: the negative log-likelihood of each next token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_train.data_shards.loader import MicroBatch
+from dist_train.models.transformer import generate
+from dist_train.networks import Networks
+from dist_train.objectives import Objective, Turn
+
+
+class LanguageModelling(Objective):
+    """Cross-entropy of `model(tokens (B, T)) -> logits (B, T, V)` with the token that follows.
+
+    Sequences may have unequal lengths: a loss is the mean over real targets, so a micro-batch weighs as many targets
+    as it has, and the gradient is that of the mean over the whole global batch (law 3).
+    """
+
+    def loss(
+        self, turn: Turn, networks: Networks, micro: MicroBatch, scalars: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self._losses(networks, micro)
+        loss = losses.sum() / micro["length"].sum()
+        return loss, {"loss": loss.detach()}
+
+    def weight(self, micro: MicroBatch) -> Tensor:
+        return micro["length"].sum()
+
+    def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
+        losses = self._losses(networks, micro)[: micro.real]
+        return {
+            "loss_sum": losses.double().sum(),
+            "loss_count": micro["length"][: micro.real].sum(),
+        }
+
+    def continue_bytes(self, networks: Networks, prompt: bytes, count: int, context: int) -> bytes:
+        tokens = torch.tensor([list(prompt)])
+        tokens = generate(networks.model, tokens, count, max_length=context, temperature=0.8)
+        return bytes(tokens[0].tolist())
+
+    def _losses(self, networks: Networks, micro: MicroBatch) -> Tensor:
+        """Per target, 0 where a row is padded: (B, T)."""
+        tokens, length = micro["tokens"], micro["length"]
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        logits = networks.model(inputs)  # (B, T, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        real = torch.arange(targets.shape[1], device=tokens.device) < length[:, None]
+        return losses.view_as(targets) * real

@@ -1,0 +1,509 @@
+"""A recipe becomes a run: the one place that builds all of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train import checkpoint, components, randomness
+from dist_train.callbacks import Callback, Callbacks
+from dist_train.callbacks.evaluate import Evaluate
+from dist_train.callbacks.journal import Journal
+from dist_train.data_shards.loader import evaluation_batches, training_batches
+from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sources import locate
+from dist_train.duration import Duration
+from dist_train.engine import make_engine
+from dist_train.errors import CheckpointError, UserError
+from dist_train.metrics import Metric
+from dist_train.networks import Player
+from dist_train.objectives import Objective
+from dist_train.optimizers import parameter_groups
+from dist_train.recipe import Recipe
+from dist_train.run_directory import RunDirectory, environment
+from dist_train.trainer import Trainer
+from dist_train.world import World, pin_threads, start_ranks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RUNS = Path("runs")
+SPREAD = ("strategy", "threads", "workers")
+"""Settings that change how a run is spread, never what it computes: a resume may change them."""
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    run_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    ranks: int | None = None,
+    quick: bool = False,
+    overfit: int | None = None,
+    micro_order: str = "forward",
+    model: nn.Module | Mapping[str, nn.Module] | None = None,
+) -> dict[str, Any]:
+    """Train a recipe, and return `{"run_dir", "steps", "seconds", "results", "best", "stopped"}`.
+
+    Args:
+        run_dir: the exact directory; by default a new one, `runs/PROJECT/NAME-ID`.
+        resume: "auto" goes on with `run_dir` if there is something to go on with; a path names the run to go on with.
+        ranks: start so many ranks on this machine; by default this process takes part as its launcher says.
+        quick: two steps, with a save and a resume between them, and an evaluation.
+        overfit: train on the first so many batches again and again.
+        micro_order: "reversed" sums a step's micro-batches from the last to the first, which measures the noise floor
+            of floating-point summation and changes nothing else.
+        model: a module (or one by network name) to train instead of building the recipe's; this process only.
+    Raises: UserError for what the user can mend, before any rank is started where that is possible.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    recipe.check_components()
+    make_callbacks(recipe)
+    if resume is not None and str(resume) != "auto":
+        if run_dir is not None and Path(run_dir) != Path(resume):
+            raise UserError(f"--resume {resume}: and --run-dir {run_dir}? Give one of the two")
+        run_dir = resume
+    if resume is not None and run_dir is None:
+        raise UserError("--resume auto: needs --run-dir, the directory to look in")
+    options = {
+        "run_dir": None if run_dir is None else str(run_dir),
+        "resume": None if resume is None else str(resume),
+        "quick": quick,
+        "overfit": overfit,
+        "micro_order": micro_order,
+    }
+    if ranks is not None and ranks > 1:
+        if "WORLD_SIZE" in os.environ:
+            raise UserError(
+                f"--ranks {ranks}: a launcher has started {os.environ['WORLD_SIZE']} ranks already"
+            )
+        if model is not None:
+            raise UserError(
+                "train(model=...): a module of this process cannot be sent to new ranks; name it in the recipe"
+            )
+        data_folder(recipe)  # packed by this process, not by the ranks
+        return start_ranks(
+            ranks, _train_rank, recipe.as_dict(), recipe._source, recipe.root, options
+        )[0]
+    return _train_here(recipe, model=model, **options)
+
+
+def _train_rank(
+    settings: dict[str, Any], source: str, root: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    return _train_here(Recipe._make(settings, source, root), **options)
+
+
+def _train_here(
+    recipe: Recipe,
+    *,
+    run_dir: str | None,
+    resume: str | None,
+    quick: bool,
+    overfit: int | None,
+    micro_order: str,
+    model: Any = None,
+) -> dict[str, Any]:
+    recipe.importable()
+    world = World.join(group=needs_group(recipe))
+    threads = pin_threads(recipe.threads, world.local_size)
+    directory = _directory(recipe, world, run_dir, resume)
+    options = {"overfit": overfit, "micro_order": micro_order, "model": model}
+    try:
+        if world.is_main:
+            directory.lock()
+            found = environment(
+                device=world.device, world_size=world.size, threads=threads, folder=recipe.root
+            )
+            directory.write_environment(found | {"project_root": str(recipe.root)})
+            directory.write_recipe(recipe.to_yaml())
+            directory.write_command(sys.argv)
+        _log_to(directory.logs / f"rank-{world.rank}.log")
+        if quick:
+            first = build(recipe, world, directory, **options)
+            _begin(first, resume)
+            first.train(until=1)
+            first.save()
+            resume = "auto"
+        trainer = build(recipe, world, directory, **options)
+        try:
+            _begin(trainer, resume)
+            trainer.train(until=2 if quick else None)
+            trainer.callbacks.call("run_ends", trainer)
+        except BaseException as error:
+            trainer.callbacks.call("failed", trainer, error)
+            raise
+        return _summary(trainer)
+    finally:
+        directory.unlock()
+        directory.close()
+
+
+def needs_group(recipe: Recipe) -> bool:
+    """Whether even one process needs a process group: DeepSpeed does."""
+    return any(strategy["name"].startswith("zero") for strategy in recipe.strategies.values())
+
+
+def data_folder(recipe: Recipe) -> Path:
+    """The folder of the recipe's shards; named data are packed on first use."""
+    data = recipe.data
+    return locate(data.name or str(data.path), recipe.root, **data.options)
+
+
+def build(
+    recipe: Recipe,
+    world: World,
+    directory: RunDirectory,
+    *,
+    overfit: int | None = None,
+    micro_order: str = "forward",
+    model: Any = None,
+) -> Trainer:
+    """Build every part of a run, at step 0."""
+    if world.is_main:
+        data_folder(recipe)
+    world.barrier()
+    folder = data_folder(recipe)
+    data = recipe.data
+    shards = Shards(folder, data.split)
+    share = {
+        "rank": world.rank,
+        "world_size": world.size,
+        "workers": data.workers,
+        "scale": data.scale,
+    }
+    batches = training_batches(
+        shards,
+        seed=recipe.seed,
+        global_batch=data.global_batch,
+        micro_batch=data.micro_batch,
+        transforms=_transforms(recipe, "train"),
+        **share,
+    )
+    evaluation = None
+    if recipe.evaluate is not None:
+        evaluation = evaluation_batches(
+            Shards(folder, recipe.evaluate.split),
+            micro_batch=recipe.evaluate.micro_batch or data.micro_batch,
+            transforms=_transforms(recipe, "evaluate"),
+            **share,
+        )
+    objective: Objective = components.build("objective", recipe.objective, "objective")
+    networks = make_networks(recipe, shards.index.describe(), model)
+    micro_batches = data.global_batch // data.micro_batch // world.size
+    engines = {}
+    for player, modules in networks.items():
+        spec = recipe.optimizers[player]
+
+        def groups(named: Any, spec: dict[str, Any] = spec) -> Any:
+            return parameter_groups(named, spec.get("weight_decay", 0.0))
+
+        def optimizer(groups: Any, spec: dict[str, Any] = spec, player: str = player) -> Any:
+            return components.build("optimizer", spec, f"optimizer of {player}", groups=groups)
+
+        engines[player] = make_engine(
+            recipe.strategies[player],
+            Player(modules, recipe.precision, world.device.partition(":")[0]),
+            groups,
+            optimizer,
+            world,
+            given=player in objective.given,
+            micro_batches=micro_batches,
+        )
+    tokens = shards.index.tokens.get(data.split)
+    steps = Duration.parse(recipe.duration).steps(
+        samples=len(shards),
+        global_batch=data.global_batch,
+        tokens=tokens,
+        turns=lambda player, step: sum(turn.player == player for turn in objective.turns(step)),
+    )
+    trainer = Trainer(
+        recipe,
+        world,
+        engines,
+        objective,
+        make_callbacks(recipe),
+        Repeated(batches, overfit) if overfit else batches,
+        evaluation,
+        {name: _metric(name) for name in recipe.evaluate.metrics} if recipe.evaluate else {},
+        directory,
+        total_steps=steps,
+        samples_per_epoch=len(shards),
+        tokens_per_epoch=tokens,
+        fingerprint=shards.index.fingerprint,
+        micro_order=micro_order,
+    )
+    return trainer
+
+
+def make_networks(
+    recipe: Recipe, known: Mapping[str, Any], given: Any = None
+) -> dict[str, dict[str, nn.Module]]:
+    """The networks by player and name, initialised from the seed alone; `auto` arguments come from the data."""
+    from torch import nn
+
+    networks: dict[str, dict[str, nn.Module]] = {}
+    number = 0
+    for player, specs in recipe.networks.items():
+        networks[player] = {}
+        for name, spec in specs.items():
+            where = "model" if name == player == "model" else f"model.{player}"
+            module = given.get(name) if isinstance(given, Mapping) else given
+            if module is None:
+                arguments = {key: _auto(key, value, known, where) for key, value in spec.items()}
+                randomness.reseed(recipe.seed, -1, number)
+                module = components.build("model", arguments, where)
+            if not isinstance(module, nn.Module):
+                raise UserError(
+                    f"{where}: {spec['name']} is no torch.nn.Module but {type(module).__name__}"
+                )
+            networks[player][name] = module.train()
+            number += 1
+    return networks
+
+
+def _auto(key: str, value: Any, known: Mapping[str, Any], where: str) -> Any:
+    if value != "auto":
+        return value
+    if key not in known:
+        told = ", ".join(f"{name}={known[name]}" for name in sorted(known)) or "nothing"
+        raise UserError(
+            f"{where}.{key}: auto, but the data do not tell (they tell {told}); write the value"
+        )
+    return known[key]
+
+
+def make_callbacks(recipe: Recipe) -> Callbacks:
+    """The recipe's callbacks, and the two that every run has: evaluation and the journal."""
+    instances: dict[str, Callback] = {"journal": Journal(recipe.log.every)}
+    if recipe.evaluate is not None:
+        section = recipe.evaluate
+        instances["evaluate"] = Evaluate(
+            section.every, section.best, section.mode or "max", section.weights
+        )
+    for instance, spec in recipe.callback_specs.items():
+        if instance in instances:
+            raise UserError(f"callbacks.{instance}: this name is taken; give the instance another")
+        callback = components.build("callback", spec, f"callbacks.{instance}")
+        if not isinstance(callback, Callback):
+            raise UserError(
+                f"callbacks.{instance}: {spec['name']} is no dist_train.callbacks.Callback"
+            )
+        instances[instance] = callback
+    for callback in instances.values():
+        callback.configure(recipe)
+    return Callbacks(instances)
+
+
+def _transforms(recipe: Recipe, mode: str) -> list[Any]:
+    specs = getattr(recipe.data.transforms, mode)
+    return [
+        components.build("transform", spec, f"data.transforms.{mode}.{i}")
+        for i, spec in enumerate(specs)
+    ]
+
+
+def _metric(name: str) -> Metric:
+    return Metric.wrap(components.resolve("metric", name, "evaluate.metrics"), name)
+
+
+def _directory(
+    recipe: Recipe, world: World, run_dir: str | None, resume: str | None
+) -> RunDirectory:
+    """Make or take the run's directory; all ranks get the same."""
+    path = None
+    if world.is_main:
+        if run_dir is None:
+            path = RunDirectory.create(RUNS, recipe.project, recipe.name).path
+        elif resume is not None and (Path(run_dir) / "recipe.yaml").exists():
+            path = RunDirectory.open(run_dir).path
+            _same_recipe(recipe, Recipe.load(path), path)
+        elif resume is not None and resume != "auto":
+            raise UserError(f"--resume {resume}: is no run directory (it has no recipe.yaml)")
+        else:
+            path = RunDirectory.create_at(run_dir).path
+    return RunDirectory(Path(world.agree(str(path.resolve()) if path else None)))
+
+
+def _same_recipe(new: Recipe, old: Recipe, path: Path) -> None:
+    """A run goes on under its own recipe; only how it is spread may change."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v
+            for key, part in value.items()
+            for k, v in flat(part, f"{prefix}.{key}".strip(".")).items()
+        }
+
+    before, after = flat(old.as_dict()), flat(new.as_dict())
+    for key in sorted(set(before) | set(after)):
+        spread = key.split(".")[0] in SPREAD or key.split(".")[-1] in SPREAD
+        if before.get(key) != after.get(key) and not spread:
+            raise UserError(
+                f"--resume: {key} is {after.get(key)!r}, but {path} was begun with {before.get(key)!r};"
+                " a run goes on under its own recipe (start a new one to change it)"
+            )
+
+
+def _begin(trainer: Trainer, resume: str | None) -> None:
+    """Bring the trainer to where the run is: its last whole checkpoint, or the start."""
+    world, directory = trainer.world, trainer.directory
+    reader = None
+    if resume is not None:
+        found: dict[str, Any] = {"step": None, "skipped": [], "error": None}
+        if world.is_main:
+            try:
+                path, found["skipped"] = checkpoint.last_good(directory.checkpoints)
+                found["step"] = (
+                    None if path is None else int(path.name.removeprefix(checkpoint.PREFIX))
+                )
+            except CheckpointError as error:
+                found["error"] = str(error)
+        found = world.agree(found)
+        if found["error"]:
+            raise CheckpointError(found["error"])
+        for line in found["skipped"] if world.is_main else []:
+            logging.getLogger("dist_train").warning("passed over a damaged checkpoint: %s", line)
+        if found["step"] is not None:
+            reader = checkpoint.Reader(checkpoint.at(directory.checkpoints, found["step"]))
+        elif resume != "auto":
+            raise CheckpointError(
+                f"--resume {resume}: no checkpoint to go on from in {directory.checkpoints}"
+            )
+    if reader is not None:
+        trainer.load(reader)
+    if world.is_main:
+        directory.cut(trainer.step)
+    world.barrier()
+    trainer.callbacks.call("run_begins", trainer)
+    if reader is not None:
+        trainer.load_callbacks(reader)
+
+
+def _summary(trainer: Trainer) -> dict[str, Any]:
+    rows = trainer.directory.rows() if trainer.world.is_main else []
+    results: dict[str, float] = {}
+    for row in rows:
+        results |= {key: value for key, value in row.items() if key.startswith("evaluate/")}
+    return {
+        "run_dir": str(trainer.directory.path),
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 2),
+        "results": results,
+        "best": trainer.best,
+        "stopped": trainer.stopping,
+    }
+
+
+class Repeated:
+    """The first `count` batches again and again, to see whether a model can learn them by heart."""
+
+    def __init__(self, batches: Any, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def from_(self, step: int, stop: int) -> Any:
+        kept = list(self.batches.from_(0, self.count))
+        for now in range(step, stop):
+            yield now, kept[now % self.count][1]
+
+
+def _log_to(path: Path) -> None:
+    """Warnings and notes of this rank go to its own file, whatever the console shows."""
+    logger = logging.getLogger("dist_train")
+    for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+        logger.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Using what was trained
+
+
+def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
+    """A finished or unfinished run, loaded whole into this process, ready to evaluate or to sample from."""
+    directory = RunDirectory.open(run_dir)
+    recipe = recipe or Recipe.load(directory.path)
+    silent = {
+        k: v
+        for k, v in recipe.callback_specs.items()
+        if v["name"] not in ("console", "wandb", "samples")
+    }
+    recipe = recipe.set("callbacks", silent).set("strategy", "single")
+    recipe.importable()
+    world = World.join({})
+    pin_threads(recipe.threads, 1)
+    trainer = build(recipe, world, directory)
+    path, _ = checkpoint.last_good(directory.checkpoints)
+    if path is None:
+        raise CheckpointError(f"{directory.path}: has no checkpoint yet")
+    reader = checkpoint.Reader(path)
+    trainer.load(reader)
+    trainer.callbacks.call("run_begins", trainer)
+    trainer.load_callbacks(reader)
+    return trainer
+
+
+def evaluate(
+    run_dir: str | Path, *, data: str | None = None, split: str | None = None
+) -> dict[str, Any]:
+    """The run's metrics on its own evaluation split, or on another split or other shards."""
+    recipe = Recipe.load(RunDirectory.open(run_dir).path)
+    if recipe.evaluate is None:
+        raise UserError(f"{run_dir}: its recipe has no evaluate section, so no metrics are known")
+    trainer = restore(run_dir, recipe)
+    if data is not None or split is not None:
+        folder = data_folder(recipe) if data is None else locate(data, Path.cwd())
+        trainer.evaluation = evaluation_batches(
+            Shards(folder, split or recipe.evaluate.split),
+            micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
+            transforms=_transforms(recipe, "evaluate"),
+            rank=0,
+            world_size=1,
+            workers=recipe.data.workers,
+            scale=recipe.data.scale,
+        )
+    results = trainer.evaluate(recipe.evaluate.weights)
+    return {"run_dir": str(run_dir), "step": trainer.step, "results": results}
+
+
+def generate(
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    count: int = 64,
+    prompt: str | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+) -> dict[str, Any]:
+    """Draw from a trained model: a grid of images into `out` (PNG), or text that continues `prompt` into `out`."""
+    import torch
+
+    trainer = restore(run_dir)
+    randomness.reseed(seed, trainer.step)
+    networks = trainer.view(weights)
+    with torch.no_grad():
+        images = trainer.objective.samples(networks, count, trainer.world.device)
+        if images:
+            from dist_train.callbacks.samples import save_grid
+
+            save_grid(Path(out), torch.cat(list(images.values())))
+            return {"out": str(out), "step": trainer.step, "images": count}
+        model = trainer.engines[trainer.objective.players[0]].player.networks
+        context = min(getattr(network, "max_length", 1) for network in model.values())
+        text = trainer.objective.continue_bytes(networks, (prompt or "\n").encode(), count, context)
+    if text is None:
+        raise UserError(
+            f"{run_dir}: objective '{trainer.recipe.objective['name']}' generates nothing"
+        )
+    Path(out).write_bytes(text)
+    return {"out": str(out), "step": trainer.step, "text": text.decode(errors="replace")}

@@ -1,0 +1,118 @@
+"""Schedules: pure functions of the global step that multiply a learning rate or another scalar.
+
+A schedule is `factor(step, total, warmup, ...)`: `step` counts from 0, `total` is the length of the
+run, and the decay starts where the warm-up of `warmup` steps ends. `build` binds the recipe's
+arguments and puts the warm-up in front:
+
+    value(step) = ramp(step, warmup) * factor(step, total, warmup, ...)
+
+A function of the user's own may take any of the three by these names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dist_train.components import arguments, check
+from dist_train.errors import UserError
+
+Schedule = Callable[[int], float]
+
+
+def build(
+    name: str, total_steps: int, warmup_steps: int = 0, where: str = "schedule", **given: Any
+) -> Schedule:
+    """Return the multiplier as a function of the step; all durations are in steps.
+
+    The warm-up rises linearly, from 1 / (warmup + 1) at step 0 to 1 at step `warmup`.
+    Raises UserError, beginning with `where`, for an unknown name or argument or one out of range.
+    """
+    if not 0 <= warmup_steps <= total_steps:
+        raise UserError(
+            f"{where}: warmup must be between 0 and the {total_steps} steps of the run,"
+            f" got {warmup_steps}"
+        )
+    clock = ("step", "total", "warmup")
+    factor = check("schedule", {"name": name, **given}, where, provided=clock)
+    taken = set(arguments(factor)) & set(clock)
+
+    def value(step: int) -> float:
+        now = {"step": step, "total": total_steps, "warmup": warmup_steps}
+        bound = {key: now[key] for key in taken}
+        return ramp(step, warmup_steps) * factor(**bound, **given)
+
+    try:
+        value(0)  # what is out of range is refused here, not in the middle of a run
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {name}: {error}") from error
+    return value
+
+
+def ramp(step: int, warmup: int) -> float:
+    """The linear warm-up, (step + 1) / (warmup + 1) up to 1: no step is wasted at 0."""
+    return min(1.0, (step + 1) / (warmup + 1))
+
+
+def progress(step: int, total: int, warmup: int) -> float:
+    """The share of the way from the end of the warm-up to the end of the run, within [0, 1]."""
+    return min(1.0, max(0.0, (step - warmup) / max(1, total - warmup)))
+
+
+def constant(step: int, total: int) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def step(step: int, total: int, every: int, factor: float = 0.1) -> float:
+    """Multiply by `factor` after each `every` steps, counted from the start of the run."""
+    if every < 1:
+        raise UserError(f"every must be 1 step or more, got {every}")
+    return factor ** (step // every)
+
+
+def multi_step(step: int, total: int, milestones: Sequence[int], factor: float = 0.1) -> float:
+    """Multiply by `factor` at each of the `milestones`, counted from the start of the run."""
+    if list(milestones) != sorted(set(milestones)):
+        raise UserError(f"milestones must increase, got {list(milestones)}")
+    return factor ** sum(step >= milestone for milestone in milestones)
+
+
+def exponential(
+    step: int, total: int, warmup: int = 0, gamma: float | None = None, end: float | None = None
+) -> float:
+    """Decay by the factor `gamma` a step, or to `end` at the end of the run."""
+    if (gamma is None) == (end is None):
+        raise UserError("exponential takes either gamma (a step) or end (of the run)")
+    if gamma is not None:
+        return positive("gamma", gamma) ** max(0, step - warmup)
+    assert end is not None
+    return positive("end", end) ** progress(step, total, warmup)
+
+
+def linear(step: int, total: int, warmup: int = 0, end: float = 0.0) -> float:
+    """Fall in a straight line to `end` at the end of the run."""
+    return 1.0 + (end - 1.0) * progress(step, total, warmup)
+
+
+def cosine(step: int, total: int, warmup: int = 0, end: float = 0.0) -> float:
+    """Fall along half a cosine to `end` (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    return end + (1.0 - end) * (1.0 + math.cos(math.pi * progress(step, total, warmup))) / 2.0
+
+
+def inverse_sqrt(step: int, total: int, warmup: int = 0, timescale: int | None = None) -> float:
+    """Fall as 1 / sqrt(time) after the warm-up: sqrt(s / (s + step - warmup)).
+
+    The timescale s is `warmup` unless given, so that the value is sqrt(warmup / step) (Vaswani et
+    al. 2017, arXiv:1706.03762).
+    """
+    scale = positive("timescale", max(1, warmup) if timescale is None else timescale)
+    return math.sqrt(scale / (scale + max(0, step - warmup)))
+
+
+def positive(name: str, value: float) -> float:
+    """Return `value` if it is more than 0."""
+    if not value > 0:
+        raise UserError(f"{name} must be more than 0, got {value}")
+    return value

@@ -1,0 +1,323 @@
+"""The loop: fetch, forward, backward, reduce, step. Everything else is a callback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dist_train import checkpoint, randomness
+from dist_train.callbacks import Callbacks
+from dist_train.data_shards.loader import MicroBatch
+from dist_train.duration import Every
+from dist_train.engine import Engine, Slice
+from dist_train.errors import CheckpointError, UserError, nearest
+from dist_train.faults import faultpoint
+from dist_train.meter import Meter
+from dist_train.metrics import Metric
+from dist_train.networks import Networks
+from dist_train.objectives import Objective, Turn
+from dist_train.world import World
+
+if TYPE_CHECKING:
+    from dist_train.recipe import Recipe
+    from dist_train.run_directory import RunDirectory
+
+
+class Trainer:
+    """A run in progress, as callbacks see it.
+
+    Attributes:
+        step: completed steps: the index of the present step until its `step_ends`, which already counts it.
+        engines: by player. scalars: scheduled values by name, as objectives see them.
+        batch: this rank's micro-batches of the present step. losses: this rank's share of its loss, by player.
+        best: `{"step", "value"}` of the best evaluation so far. stopping: why the run ends early, or "".
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        engines: dict[str, Engine],
+        objective: Objective,
+        callbacks: Callbacks,
+        data: Any,
+        evaluation: Any,
+        metrics: dict[str, Metric],
+        directory: RunDirectory,
+        *,
+        total_steps: int,
+        samples_per_epoch: int,
+        tokens_per_epoch: int | None = None,
+        fingerprint: str = "",
+        micro_order: str = "forward",
+    ) -> None:
+        self.recipe, self.world, self.engines, self.objective = recipe, world, engines, objective
+        self.callbacks, self.data, self.evaluation, self.metrics = (
+            callbacks,
+            data,
+            evaluation,
+            metrics,
+        )
+        self.directory, self.total_steps, self.samples_per_epoch = (
+            directory,
+            total_steps,
+            samples_per_epoch,
+        )
+        self.tokens_per_epoch, self.fingerprint = tokens_per_epoch, fingerprint
+        self.global_batch: int = recipe.data.global_batch
+        self.seed = recipe.seed
+        self.step = 0
+        self.until = total_steps
+        self.seconds = 0.0
+        self.scalars: dict[str, float] = {}
+        self.meter = Meter()
+        self.row: dict[str, Any] = {}
+        self.batch: list[MicroBatch] = []
+        self.losses: dict[str, Tensor] = {}
+        self.best: dict[str, Any] = {}
+        self.stopping = ""
+        self.data_wait = 0.0
+        self._networks = {
+            name: player for player, specs in recipe.networks.items() for name in specs
+        }
+        self._reversed = micro_order == "reversed"
+        self._weight_is_constant = objective.constant_weight()
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self, until: int | None = None) -> None:
+        """Run from the present step to the end; or to step `until`, and end there as at the end."""
+        self.until = 0 if self.stopping else min(self.total_steps, until or self.total_steps)
+        for step, batch in self._fetch():
+            self.batch, self.losses = batch, {}
+            self.callbacks.call("step_begins", self)
+            for turn in self.objective.turns(step):
+                engine, total = self.engines[turn.player], self._batch_weight(batch)
+                engine.begin_turn()
+                for micro in batch:
+                    with randomness.at(self.seed, step, turn.index, micro.index):
+                        loss, logged = self.objective.loss(
+                            turn, self.seen_by(turn), micro, self.scalars
+                        )
+                    share = self.objective.weight(micro) / total
+                    engine.backward(loss * share, last=micro is batch[-1])
+                    self._note(turn, loss, logged, share)
+                    faultpoint("backward")
+                engine.reduce()
+                faultpoint("reduce")
+                self.callbacks.call("gradients_ready", self, turn)
+                engine.step()
+                faultpoint("step")
+            self.step += 1
+            self.callbacks.call("step_ends", self)
+            if self.stopping:
+                break
+
+    def _fetch(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+        batches = iter(self.data.from_(self.step, self.until))
+        while True:
+            asked = time.perf_counter()
+            try:
+                step, batch = next(batches)
+            except StopIteration:
+                return
+            batch = [micro.to(self.world.device) for micro in batch]
+            self.data_wait += time.perf_counter() - asked
+            yield step, batch[::-1] if self._reversed else batch
+
+    def _batch_weight(self, batch: list[MicroBatch]) -> float | Tensor:
+        """The weight of the global batch, known before backward on every rank (law 3)."""
+        if self._weight_is_constant:
+            return float(self.global_batch)
+        mine = torch.stack(
+            [torch.as_tensor(self.objective.weight(micro)).double() for micro in batch]
+        ).sum()
+        return self.world.sum_(mine.to(self.world.device)).float()
+
+    def _note(self, turn: Turn, loss: Tensor, logged: Mapping[str, Tensor], share: Any) -> None:
+        part = loss.detach() * share
+        self.losses[turn.player] = (
+            self.losses[turn.player] + part if turn.player in self.losses else part
+        )
+        for name, value in logged.items():
+            self.meter.add(self.named(turn.player, name), value, share)
+
+    # -- what objectives and callbacks see ---------------------------------------------------------------------------
+
+    def seen_by(self, turn: Turn) -> Networks:
+        """The networks as a turn may see them: its own player's live, the others' frozen."""
+        return Networks(
+            {
+                name: self.engines[player].own(name)
+                if player == turn.player
+                else self.engines[player].frozen(name)
+                for name, player in self._networks.items()
+            }
+        )
+
+    def view(self, weights: str | None = None) -> Networks:
+        """All networks in evaluation mode, without gradients (collective). `weights`: None or "live" for the present
+        ones, or the name of a callback that averages them."""
+        averages: dict[str, dict[str, Tensor]] = {}
+        if weights not in (None, "live"):
+            averages = self.callback(weights).weights(self)
+        return Networks(
+            {
+                name: torch.no_grad()(self.engines[player].evaluated(name, averages.get(player)))
+                for name, player in self._networks.items()
+            }
+        )
+
+    def callback(self, name: str) -> Any:
+        """The callback instance called `name`."""
+        if name not in self.callbacks.by_name:
+            names = self.callbacks.by_name
+            raise UserError(
+                f"callbacks: there is no '{name}'{nearest(name, names)} (there are {', '.join(names)})"
+            )
+        return self.callbacks.by_name[name]
+
+    def full_weights(self, player: str) -> dict[str, Tensor]:
+        """Weights and buffers of a player by name, whole, right under any strategy (collective)."""
+        return self.engines[player].full_weights()
+
+    def named(self, player: str, name: str) -> str:
+        """`loss` for the only player, `critic/loss` where there are several."""
+        return name if len(self.engines) == 1 else f"{player}/{name}"
+
+    def log(self, name: str, value: float | Tensor, count: float | Tensor = 1.0) -> None:
+        """Add a value to the mean that this log window's row will show (over all ranks, weighted by `count`)."""
+        self.meter.add(name, value, count)
+
+    def record(self, name: str, value: Any) -> None:
+        """Put a value that all ranks agree on into this step's row."""
+        self.row[name] = value
+
+    def images(self, name: str, images: Tensor, caption: str = "") -> None:
+        """Write a grid of images (N, C, H, W) in [0, 1] to `samples/`, and name it in this step's row."""
+        from dist_train.callbacks.samples import save_grid
+
+        file = f"{name.replace('/', '-')}-{self.step:08d}.png"
+        if self.world.is_main:
+            save_grid(self.directory.samples / file, images)
+        self.row.setdefault("images", {})[name] = f"samples/{file}"
+        if caption:
+            self.row.setdefault("captions", {})[name] = caption
+
+    def every(self, interval: Every | str) -> bool:
+        """Whether an interval ("100 steps", "1 epoch") has a boundary at this step."""
+        every = Every.parse(interval) if isinstance(interval, str) else interval
+        return every.fires(
+            self.step,
+            samples=self.samples_per_epoch,
+            global_batch=self.global_batch,
+            tokens=self.tokens_per_epoch,
+        )
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step; all ranks must decide alike."""
+        self.stopping = reason
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no step follows."""
+        return self.step >= self.until or bool(self.stopping)
+
+    @property
+    def epoch(self) -> float:
+        return self.step * self.global_batch / self.samples_per_epoch
+
+    def evaluate(self, weights: str | None = None) -> dict[str, float]:
+        """The recipe's metrics over its evaluation split, each sample once, the same on any number of ranks."""
+        networks = self.view(weights)
+        for metric in self.metrics.values():
+            metric.reset()
+        for micro in self.evaluation:
+            micro = micro.to(self.world.device)
+            with (
+                torch.no_grad(),
+                randomness.at(self.seed, self.step, randomness.EVALUATION, micro.index),
+            ):
+                outputs = self.objective.evaluate(networks, micro)
+            for metric in self.metrics.values():
+                metric.update(outputs, micro)
+            self.callbacks.call("evaluation_batch", self, outputs, micro)
+            faultpoint("evaluate")
+        sums = torch.stack(
+            [metric.sums().to(self.world.device) for metric in self.metrics.values()]
+        )
+        totals = self.world.sum_(sums).tolist()
+        results = {
+            name: metric.finish(*pair)
+            for (name, metric), pair in zip(self.metrics.items(), totals, strict=True)
+        }
+        self.callbacks.call("evaluated", self, results)
+        return results
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment (collective)."""
+        values = {
+            "seconds": self.seconds,
+            "meter": self.meter.totals(self.world),
+            "best": self.best,
+            "stopping": self.stopping,
+            "players": {
+                name: {"optimizer_steps": e.optimizer_steps()} for name, e in self.engines.items()
+            },
+            "callbacks": {name: c.state_dict() for name, c in self.callbacks.by_name.items()},
+            "data": {"step": self.step, "index": self.fingerprint},
+        }
+        mine = [
+            (name, part)
+            for number, (name, part) in enumerate(self._slices())
+            if not part.replicated or number % self.world.size == self.world.rank
+        ]
+        checkpoint.save(self.directory.checkpoints, self.step, mine, values, self.world)
+
+    def load(self, reader: checkpoint.Reader) -> None:
+        """Become the run that the checkpoint holds; callbacks' tensors follow in `load_callbacks`."""
+        values = reader.values
+        if values["data"]["index"] != self.fingerprint:
+            raise CheckpointError(
+                f"{reader.path}: was trained on other shards (index {values['data']['index'][:12]},"
+                f" now {self.fingerprint[:12]})"
+            )
+        self.load_weights(reader)
+        self.step = reader.step
+        self.seconds, self.best, self.stopping = (
+            values["seconds"],
+            values["best"],
+            values["stopping"],
+        )
+        self.meter.restore(values["meter"], self.world)
+        for name, callback in self.callbacks.by_name.items():
+            if name not in values["callbacks"]:
+                raise CheckpointError(f"{reader.path}: holds no state of callback '{name}'")
+            callback.load_state_dict(values["callbacks"][name])
+
+    def load_weights(self, reader: checkpoint.Reader) -> None:
+        """Take every player's weights, optimiser and buffers from a checkpoint."""
+        for name, engine in self.engines.items():
+            for full_name, part in engine.slices():
+                reader.fill(full_name, part)
+            engine.set_optimizer_steps(reader.values["players"][name]["optimizer_steps"])
+            engine.publish()
+
+    def load_callbacks(self, reader: checkpoint.Reader) -> None:
+        """Take the callbacks' tensors from a checkpoint; after `run_begins`, which made room for them."""
+        for instance, callback in self.callbacks.by_name.items():
+            for name, part in callback.slices():
+                reader.fill(f"callbacks/{instance}/{name}", part)
+
+    def _slices(self) -> Iterator[tuple[str, Slice]]:
+        for engine in self.engines.values():
+            yield from engine.slices()
+        for instance, callback in self.callbacks.by_name.items():
+            for name, part in callback.slices():
+                yield f"callbacks/{instance}/{name}", part

@@ -1,0 +1,24 @@
+"""`dist-train demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_train.launch.output import Json, answer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo")(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="The folder of the runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Train the three families on real data, here; kill one and bring it back."""
+    from dist_train.launch import demo as the_demo
+
+    answer(as_json, lambda: the_demo.demo(out), show=lambda result: None)

@@ -1,0 +1,80 @@
+"""`dist-train shards`: make, index, check and show tar shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dist_train.launch.output import Json, Settings, answer, table
+
+Folder = Annotated[Path, typer.Argument(help="A folder of tar shards.")]
+
+shards = typer.Typer(
+    help="Make, index, check and show tar shards.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(shards, name="shards")
+
+
+@shards.command()
+def pack(
+    source: Annotated[
+        str, typer.Argument(help="A source by name (see `list source`), or a folder.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Pack a source into tar shards with their index."""
+    from dist_train.data_shards.sources import pack as pack_source
+    from dist_train.recipe import read_assignments
+
+    options = read_assignments(settings or [])
+    answer(as_json, lambda: _described(out, pack_source(source, out, **options)))
+
+
+@shards.command()
+def index(path: Folder, as_json: Json = False) -> None:
+    """Index tars that came from elsewhere."""
+    from dist_train.data_shards.index import index_shards
+
+    answer(as_json, lambda: _described(path, index_shards(path)))
+
+
+@shards.command()
+def check(path: Folder, as_json: Json = False) -> None:
+    """Digest every shard again and compare with the index."""
+    from dist_train.data_shards.index import check as check_shards
+
+    result = answer(as_json, lambda: {"path": str(path), "differences": check_shards(path)})
+    if result["differences"]:
+        raise typer.Exit(1)
+
+
+@shards.command()
+def show(path: Folder, as_json: Json = False) -> None:
+    """Show what the index says."""
+    from dist_train.data_shards.index import Index
+
+    def work() -> dict[str, Any]:
+        loaded = Index.load(path)
+        return {"path": str(path), **loaded.describe(), "index": json.loads(loaded.to_json())}
+
+    answer(as_json, work, show=lambda result: table(_described(path, Index.load(path))))
+
+
+def _described(path: Path, made: Any) -> dict[str, Any]:
+    """What a person wants to know of an index first."""
+    return {
+        "path": str(path),
+        "samples": {split: made.samples(split) for split in made.splits},
+        "shards": len(made.shards()),
+        "bytes": sum(shard.bytes for shard in made.shards()),
+        **made.describe(),
+        "fingerprint": made.fingerprint(),
+    }

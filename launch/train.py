@@ -1,0 +1,81 @@
+"""`dist-train train`."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_train.errors import UserError
+from dist_train.launch.output import Json, Settings, answer
+
+
+class Order(StrEnum):
+    """In which order a rank takes its micro-batches; reversed measures the noise floor of summation."""
+
+    forward = "forward"
+    reversed = "reversed"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train")(train)
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A name (see `list`), a YAML file or a run directory.")
+    ],
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The exact run directory.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto|PATH", help="Go on from here; auto starts afresh if it must."),
+    ] = None,
+    settings: Settings = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="2 steps, an evaluation, a save, a resume.")
+    ] = False,
+    overfit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="1", help="Repeat so many batches: the loss must fall."),
+    ] = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")
+    ] = False,
+    micro_order: Annotated[Order, typer.Option(hidden=True)] = Order.forward,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe, in this process or on `--ranks N`; under torchrun, accelerate or srun it joins their ranks."""
+    from dist_train.launch.accelerate import check_accelerate_environment
+    from dist_train.recipe import Recipe
+
+    resolved = Recipe.load(recipe, settings or ())
+    if print_recipe:
+        answer(as_json, resolved.as_dict, show=lambda _: typer.echo(resolved.to_yaml(), nl=False))
+        return
+    if ranks is not None and "WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"--ranks {ranks}: this process is one of the {os.environ['WORLD_SIZE']} ranks of a launcher "
+            "(WORLD_SIZE is set), expected one of the two"
+        )
+    check_accelerate_environment(resolved, os.environ)
+
+    from dist_train import run
+
+    answer(
+        as_json,
+        lambda: run.train(
+            resolved,
+            run_dir=run_dir,
+            resume=resume,
+            quick=quick,
+            overfit=overfit,
+            micro_order=micro_order.value,
+            ranks=ranks,
+        ),
+    )

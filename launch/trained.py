@@ -1,0 +1,73 @@
+"""Commands that use what was trained: evaluate, generate, report, sync."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_train.launch.output import Json, answer
+
+Run = Annotated[Path, typer.Argument(help="A run directory.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+    app.command("generate")(generate)
+    app.command("report")(report)
+    app.command("sync")(sync)
+
+
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Option(help="Other data: a name or a folder of shards.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Another split than the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a trained run."""
+    from dist_train import run as runs
+
+    answer(as_json, lambda: runs.evaluate(run, data=data, split=split))
+
+
+def generate(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", help="The file or folder to write.")],
+    count: Annotated[int, typer.Option(min=1, help="How many samples, or tokens of a text.")] = 64,
+    prompt: Annotated[str | None, typer.Option(help="The beginning of a text.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the draws.")] = 0,
+    weights: Annotated[
+        str | None, typer.Option(metavar="live|INSTANCE", help="Whose averaged weights, like ema.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images or text from a trained run."""
+    from dist_train import run as runs
+
+    answer(
+        as_json,
+        lambda: runs.generate(run, out, count=count, prompt=prompt, seed=seed, weights=weights),
+    )
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, shown side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file (default: report.html of the first run).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML file that shows what the curves say."""
+    from dist_train.report import write_report
+
+    answer(as_json, lambda: {"report": str(write_report(runs, out))})
+
+
+def sync(run: Run, as_json: Json = False) -> None:
+    """Bring the tracker up to date with a run's metrics."""
+    from dist_train.callbacks import wandb
+
+    answer(as_json, lambda: wandb.sync(run))
