@@ -209,7 +209,10 @@ def index_shards(
     source: str = "",
     licence: str = "",
 ) -> Index:
-    """Read every tar of `folder` once and write its index there. UserError names shard, key and byte of what is wrong."""
+    """Read every tar of `folder` and write its index there.
+
+    UserError names shard, key and byte of what is wrong.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards")
@@ -220,15 +223,12 @@ def index_shards(
         )
     suffixes: list[str] | None = None
     splits: dict[str, list[Shard]] = {}
-    digests: dict[str, Path] = {}
     for path in paths:
         suffixes, table = tar.scan(path, suffixes)
-        digest = sha256(path)
-        if digest in digests:
-            raise UserError(
-                f"{path}: the same bytes as {digests[digest].name}: one of them is a copy"
-            )
-        digests[digest] = path
+        digest, split = sha256(path), split_of_file(path.name)
+        copy = next((shard for shard in splits.get(split, []) if shard.sha256 == digest), None)
+        if copy is not None:
+            raise UserError(f"{path}: the same bytes as {copy.file}: one of them is a copy")
         offsets = decode.encode("npy", table)
         publish(sidecar(path), offsets)
         shard = Shard(
@@ -238,7 +238,7 @@ def index_shards(
             digest,
             hashlib.sha256(offsets).hexdigest(),
         )
-        splits.setdefault(split_of_file(path.name), []).append(shard)
+        splits.setdefault(split, []).append(shard)
     assert suffixes is not None
     names = [decode.field_name(suffix) for suffix in suffixes]
     for field_name in names:
@@ -319,7 +319,9 @@ def _survey_arrays(index: Index, shards: Any, spec: Field) -> None:
         shapes.add(shards.value(i, spec.name).shape)
     if len({len(shape) for shape in shapes}) > 1:
         return
-    spec.shape = [sizes.pop() if len(sizes) == 1 else None for sizes in map(set, zip(*shapes))]
+    spec.shape = [
+        sizes.pop() if len(sizes) == 1 else None for sizes in map(set, zip(*shapes, strict=True))
+    ]
     if spec.kind != "image":
         return
     if len(spec.shape) == 3 and spec.shape[2] is None:
@@ -330,11 +332,11 @@ def _survey_arrays(index: Index, shards: Any, spec: Field) -> None:
         flat = image.reshape(image.shape[0] * image.shape[1], -1)  # (H * W, C)
         count += len(flat)
         total, squares = total + flat.sum(0), squares + np.square(flat).sum(0)
-    mean = total / count
-    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    mean = np.atleast_1d(total / count)
+    deviation = np.sqrt(np.maximum(np.atleast_1d(squares / count) - mean**2, 0))
     index.statistics[spec.name] = {
-        "mean": (mean / 255).round(8).tolist(),
-        "std": (deviation / 255).round(8).tolist(),
+        "mean": [round(float(value) / 255, 8) for value in mean],
+        "std": [round(float(value) / 255, 8) for value in deviation],
     }
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -85,7 +90,7 @@ class TrainingBatches:
     def from_(self, step: int, stop: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield (step, this rank's micro-batches) for the steps [step, stop)."""
         steps = range(step, stop)
-        yield from zip(steps, _items(_loader(self.batch, steps, self.workers, False)), strict=True)
+        yield from zip(steps, _items(self.batch, steps, self.workers), strict=True)
 
 
 class EvaluationBatches:
@@ -95,7 +100,7 @@ class EvaluationBatches:
         self.assembler = assembler
         total = -(-len(assembler.shards) // assembler.micro_batch)
         self.places = range(rank, -(-total // world_size) * world_size, world_size)
-        self._loader = _loader(self.batch, self.places, workers, persistent=True)
+        self.workers = workers
 
     def __len__(self) -> int:
         return len(self.places)
@@ -109,7 +114,7 @@ class EvaluationBatches:
         return self.assembler.micro(index, np.where(inside, ids, 0), epochs, int(inside.sum()))
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return _items(self._loader)
+        return _items(self.batch, self.places, self.workers)
 
 
 def training_batches(
@@ -300,25 +305,24 @@ class _Items(Dataset):
             )  # raised again in the main process, without a worker's traceback around it
 
 
-def _loader(
-    make: Callable[[int], Any], places: range, workers: int, persistent: bool
-) -> DataLoader:
-    """A loader of make(place) for each place, in order, made ahead by worker processes when there are any."""
-    workers = min(workers, len(places))
-    return DataLoader(
+def _items(make: Callable[[int], Any], places: range, workers: int) -> Iterator[Any]:
+    """Yield make(place) for each place, in order, made ahead by worker processes if there are any.
+
+    The workers live as long as this generator. Nothing else may hold the loader: where the garbage collector has to
+    break a cycle, it closes the queues before the workers have heard of the end, which costs 5 seconds.
+    """
+    leaving = RawValue(ctypes.c_bool, False)
+    loader: DataLoader = DataLoader(
         _Items(make),
         sampler=places,
         batch_size=None,
-        num_workers=workers,
+        num_workers=min(workers, len(places)),
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=functools.partial(_ignore_signals, leaving),
         generator=torch.Generator(),  # else the loader draws its seed from the default generator
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=persistent and workers > 0,
     )
-
-
-def _items(loader: DataLoader) -> Iterator[Any]:
+    Finalize(loader, setattr, args=(leaving, "value", True), exitpriority=0)
     for item in loader:
         if isinstance(item, str):
             raise UserError(item)
@@ -329,7 +333,15 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """The trainer decides what a signal means; its workers end when it tells them to, or when it is gone."""
+def _ignore_signals(leaving: Any, worker: int) -> None:
+    """The trainer decides what a signal means; a worker ends when the trainer says so, or is gone.
+
+    Only once the trainer is `leaving` is a SIGTERM its own: at exit multiprocessing sends one to each child, and waits.
+    """
+
+    def terminate(number: int, frame: Any) -> None:
+        if leaving.value:
+            os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)

@@ -68,7 +68,7 @@ class Shards:
         }
 
     def column(self, name: str, ids: np.ndarray) -> Any:
-        """One field of many samples: an array (len(ids), ...) where their `.npy` headers agree, else a list of values."""
+        """One field of many samples: an array (len(ids), ...) where `.npy` headers agree, else a list."""
         suffix = self.fields[name][1]
         if suffix.rpartition(".")[2] == "npy":
             views = [self.raw(i)[name] for i in ids.tolist()]

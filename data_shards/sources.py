@@ -67,7 +67,7 @@ def python_text(block: int = 128) -> Source:
     """English prose about Python, from this interpreter's own `pydoc_data.topics`; a byte is a token."""
     from pydoc_data.topics import topics
 
-    documents = [
+    documents: list[tuple[str | None, str, bytes]] = [
         (None, topic.replace(".", "_"), text.encode()) for topic, text in sorted(topics.items())
     ]
     return Source(
@@ -80,7 +80,7 @@ def python_text(block: int = 128) -> Source:
 
 
 def image_folder(path: str | Path) -> Source:
-    """Pictures in folders named after their class, themselves in `train`, `validation`, `test` if there are such folders.
+    """Pictures in folders named after their class; those may stand in `train`, `validation`, `test` folders.
 
     Files are kept as they are. Where formats are mixed all take the suffix of the first (readers go by the content).
     """
@@ -146,7 +146,10 @@ NAMED: dict[str, Callable[..., Source]] = {
 def pack(
     source: str | Path | Source, out: str | Path, *, shard_size: int = 1000, **options: Any
 ) -> Index:
-    """Write a source into the new folder `out`: a named one, a path (pictures in class folders, or text), or a Source."""
+    """Write a source into the new folder `out`.
+
+    `source` is a name, a path (pictures in folders named after their class, or text), or a Source of one's own.
+    """
     if not isinstance(source, Source):
         source = _source(source, options)
     return write_shards(
@@ -236,7 +239,10 @@ def _shared_out(documents: list[tuple[str | None, str, bytes]]) -> list[tuple[st
 
 
 def _pieces(documents: Iterable[tuple[str, str, bytes]], block: int) -> Iterator[Row]:
-    """Cut (split, key, text) into pieces of block + 1 bytes that share one byte: each but the first is once a target."""
+    """Cut each (split, key, text) into pieces of block + 1 bytes, one byte of which the next shares.
+
+    So every byte of a text but its first is a target once. The last piece is shorter; one without target is dropped.
+    """
     if not isinstance(block, int) or block < 1:
         raise UserError(f"block {block!r}: a whole number of at least 1")
     for split, key, text in documents:

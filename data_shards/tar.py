@@ -56,7 +56,7 @@ def members(path: Path) -> Iterator[tuple[str, str, int, int]]:
                 named = split_name(member.name)
                 if named is not None:
                     yield *named, member.offset_data, size
-                archive.members.clear()  # tarfile keeps every header it has read
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read
     except UserError:
         raise
     except (tarfile.TarError, OSError, ValueError, IndexError) as error:

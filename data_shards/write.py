@@ -45,9 +45,9 @@ def write_shards(
     source: str = "",
     licence: str = "",
 ) -> Index:
-    """Write `samples` as `name-split-000000.tar`, ... of `shard_size` samples, and their index, into the new folder `out`.
+    """Write `samples` as tars `name-split-000000.tar`, ... of `shard_size` samples, and their index.
 
-    The folder appears whole or not at all. UserError: `out` has something in it, a key or a split that cannot be.
+    The new folder `out` appears whole or not at all. UserError: `out` is not empty, a key or a split that cannot be.
     """
     out = Path(out)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):

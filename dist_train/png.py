@@ -31,7 +31,8 @@ def encode(pixels: np.ndarray) -> bytes:
 def grid(images: Any, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Lay images (N, C, H, W) in [0, 1] out in a grid, uint8 (rows, columns) or with C last.
 
-    C is 1 (grey), 3 or 4. The grid is about square unless `columns` says otherwise; `gap` white pixels between.
+    C is 1 (grey), 3 or 4. The grid is about square unless `columns` says otherwise, with `gap`
+    white pixels between images.
     """
     images = np.asarray(images, dtype=np.float32)
     if images.ndim != 4 or images.shape[1] not in (1, 3, 4) or 0 in images.shape:
@@ -50,7 +51,7 @@ def grid(images: Any, columns: int | None = None, gap: int = 2) -> np.ndarray:
 
 def save_grid(path: Path | str, images: Any, columns: int | None = None) -> None:
     """Write images (N, C, H, W) in [0, 1], an array or a tensor on any device, as one PNG."""
-    if hasattr(images, "detach"):
+    if not isinstance(images, np.ndarray):
         images = images.detach().float().cpu().numpy()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

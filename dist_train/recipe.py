@@ -1,18 +1,19 @@
 """A recipe says WHAT to run: pure data, checked whole before anything is built.
 
-A mistake ends in one line, `FILE: key.path: got VALUE, expected ...`. Structure is checked without torch, when a recipe is
-made; the arguments of its parts against their signatures by `Recipe.check_components`, before any process group.
+A mistake ends in one line, `FILE: key.path: got VALUE, expected ...`. Structure is checked when a recipe is made,
+without torch; the arguments of its parts by `Recipe.check_components`, before any rank starts.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -77,8 +78,12 @@ class _Section(BaseModel):
 class Transforms(_Section):
     """What is done to a sample before it is stacked into a batch."""
 
-    train: list[Spec] = Field([], description="a list of transforms, [{name: ..., arguments}]")
-    evaluate: list[Spec] = Field([], description="a list of transforms, [{name: ..., arguments}]")
+    train: list[Spec] = Field(
+        default=[], description="a list of transforms, [{name: ..., arguments}]"
+    )
+    evaluate: list[Spec] = Field(
+        default=[], description="a list of transforms, [{name: ..., arguments}]"
+    )
 
 
 class Data(_Section):
@@ -86,7 +91,7 @@ class Data(_Section):
 
     name: str | None = Field(None, min_length=1, description="the name of a data source")
     path: str | None = Field(None, min_length=1, description="a folder of tar shards")
-    options: dict[str, Any] = Field({}, description="a mapping of the source's arguments")
+    options: dict[str, Any] = Field(default={}, description="a mapping of the source's arguments")
     split: str = Field("train", pattern=_NAME, description="the name of a split")
     global_batch: int = Field(
         ge=1, le=2**31, description="a whole number of samples a step, over all ranks, 1 or more"
@@ -94,7 +99,9 @@ class Data(_Section):
     micro_batch: int = Field(
         ge=1, le=2**31, description="a whole number of samples a forward, 1 or more"
     )
-    transforms: Transforms = Field(Transforms(), description="{train: [...], evaluate: [...]}")
+    transforms: Transforms = Field(
+        default=Transforms(), description="{train: [...], evaluate: [...]}"
+    )
     scale: Literal["standard", "signed", "unit"] = Field(
         "standard", description="standard (mean 0, deviation 1), signed (-1 to 1) or unit (0 to 1)"
     )
@@ -155,11 +162,11 @@ class Evaluate(_Section):
 class Log(_Section):
     """When a row is written."""
 
-    every: EveryText = Field("10 steps", description="a rhythm like '10 steps'")
+    every: EveryText = Field(default="10 steps", description="a rhythm like '10 steps'")
 
 
 class Recipe(_Section):
-    """A whole run as data: `Recipe.load("resnet-mnist").set("optimizer.learning_rate", 0.05)`, or `Recipe(**settings)`."""
+    """A whole run as data: `Recipe.load("resnet-mnist").set("optimizer.momentum", 0.8)`, or `Recipe(**settings)`."""
 
     project: str = Field("default", pattern=_NAME, description=_NAMED)
     name: str = Field("run", pattern=_NAME, description=_NAMED)
@@ -176,8 +183,8 @@ class Recipe(_Section):
         description="{name: ..., arguments}, or {player: {name: ...}}"
     )
     evaluate: Evaluate | None = Field(None, description="a mapping with split, every and metrics")
-    callbacks: dict[str, Any] = Field({}, description="a mapping {instance: {arguments}}")
-    log: Log = Field(Log(), description="a mapping with every")
+    callbacks: dict[str, Any] = Field(default={}, description="a mapping {instance: {arguments}}")
+    log: Log = Field(default=Log(), description="a mapping with every")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="auto, or a whole number of threads a rank, 1 or more"
     )
@@ -200,17 +207,19 @@ class Recipe(_Section):
         """
         file = _locate(str(recipe))
         source = str(recipe) if file.parent != RECIPES else f"recipes/{file.name}"
-        settings = _merge({"name": _name_from(file)}, _read(file, source, ()))
+        settings = _read(file, source, ())
         for assignment in set:
             key, value = _assignment(assignment)
             try:
                 _put(settings, key, value)
             except UserError as error:
                 raise UserError(f"{source}: {error}") from None
-        return cls._make(settings, source, _root_of(file))
+        settings.setdefault("name", _name_from(file))
+        return cls.restore(settings, source, _root_of(file))
 
     @classmethod
-    def _make(cls, settings: dict[str, Any], source: str, root: Path | None) -> Recipe:
+    def restore(cls, settings: dict[str, Any], source: str, root: Path | None) -> Recipe:
+        """A recipe from plain settings, with where it came from and its project root."""
         try:
             made = cls(**settings)
         except UserError as error:
@@ -222,7 +231,7 @@ class Recipe(_Section):
         """A copy with one setting changed, `recipe.set("data.micro_batch", 32)`; None removes it."""
         settings = self.as_dict()
         _put(settings, key, value)
-        return self._make(settings, self._source, self._root)
+        return self.restore(settings, self._source, self._root)
 
     def as_dict(self) -> dict[str, Any]:
         """All settings, defaults included, as plain data that `Recipe(**...)` takes back."""
@@ -231,6 +240,11 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """All settings, defaults included, as a recipe that reads back equal."""
         return write_yaml(self.as_dict())
+
+    @property
+    def source(self) -> str:
+        """Where this recipe came from, as errors name it."""
+        return self._source
 
     @property
     def root(self) -> Path:
@@ -310,6 +324,8 @@ class Recipe(_Section):
 
         This imports the parts (and with them torch). `auto` stands for any argument of a network. Raises UserError.
         """
+        from dist_train.callbacks import Callback
+
         self.importable()
         try:
             for kind, spec, where in self.parts():
@@ -318,7 +334,14 @@ class Recipe(_Section):
                     continue
                 part = components.check(kind, spec, where, PROVIDED.get(kind, ()))
                 _check_types(part, spec, where, auto=kind == "model")
-                if kind in ("callback", "transform"):
+                if kind == "callback":
+                    callback = components.build(kind, spec, where)
+                    if not isinstance(callback, Callback):
+                        raise UserError(
+                            f"{where}: {spec['name']} is no dist_train.callbacks.Callback"
+                        )
+                    callback.configure(self)
+                elif kind == "transform":
                     components.build(kind, spec, where)
                 elif kind == "optimizer":
                     components.build(kind, spec, where, groups=_one_parameter())
@@ -344,15 +367,14 @@ class Recipe(_Section):
                     f"{where}: got {_short(spec)}, expected a mapping of arguments, {{}} for none"
                 )
         for kind, spec, where in self.parts():
-            name = spec["name"]
-            if (
-                not isinstance(name, str)
-                or ":" not in name
-                and name not in components.CATALOGUE[kind]
-            ):
+            name, ours = spec["name"], components.CATALOGUE[kind]
+            if not isinstance(name, str) or (":" not in name and name not in ours):
                 components.resolve(kind, name, f"{where}.name" if kind != "metric" else where)
-            if kind == "callback" and name in components.CATALOGUE[kind]:
+            if (
+                kind == "callback" and name in ours
+            ):  # whose `weights` and `every` are known to mean this
                 _check_weights(self, spec.get("weights", "live"), f"{where}.weights")
+                _check_every(spec.get("every", "1 step"), f"{where}.every")
         if self.evaluate is not None:
             _check_weights(self, self.evaluate.weights, "evaluate.weights")
         return self
@@ -456,11 +478,20 @@ def _check_strategy(strategy: Any, where: str) -> None:
         raise UserError(f"{where}: auto comes with plan; choose single, ddp, zero1, zero2 or zero3")
     if name not in STRATEGIES:
         raise UserError(
-            f"{where}: got {_short(name)}, expected one of {', '.join(STRATEGIES)}{nearest(name, STRATEGIES)}"
+            f"{where}: got {_short(name)}, expected one of {', '.join(STRATEGIES)}"
+            + nearest(str(name), STRATEGIES)
         )
+    known = ["name", "persistence_threshold"] if name == "zero3" else ["name"]
     for key in strategy:
-        if key != "name":
-            raise UserError(f"{where}.{key}: unknown key, expected only 'name'")
+        if key not in known:
+            raise UserError(
+                f"{where}.{key}: unknown key, {name} takes {', '.join(known)}{nearest(key, known)}"
+            )
+    threshold = strategy.get("persistence_threshold", 0)
+    if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
+        raise UserError(
+            f"{where}.persistence_threshold: got {_short(threshold)}, expected a whole number of elements, 0 or more"
+        )
 
 
 def _check_weights(recipe: Recipe, weights: object, where: str) -> None:
@@ -472,15 +503,28 @@ def _check_weights(recipe: Recipe, weights: object, where: str) -> None:
         )
 
 
+def _check_every(rhythm: object, where: str) -> None:
+    try:
+        Every.parse(rhythm)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def _check_types(part: Any, spec: Mapping[str, Any], where: str, auto: bool) -> None:
     """Check a spec's values against the annotations of its part, as far as they are plain types."""
-    target = part.__init__ if isinstance(part, type) else part
     try:
-        hints = get_type_hints(target, include_extras=True)
-    except (NameError, TypeError):  # annotations that only a type checker can see
+        parameters = inspect.signature(part, eval_str=True).parameters
+    except NameError:  # an annotation that only a type checker can see
         return
+    hints = {
+        name: parameter.annotation
+        for name, parameter in parameters.items()
+        if name != "name" and parameter.annotation is not inspect.Parameter.empty
+    }
     for key, value in spec.items():
-        if key == "name" or key not in hints or (auto and value == "auto"):
+        if hints.get(key, inspect.Parameter.empty) is inspect.Parameter.empty or (
+            auto and value == "auto"
+        ):
             continue
         try:
             adapter = TypeAdapter(hints[key])

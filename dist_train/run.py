@@ -43,6 +43,7 @@ def train(
     resume: str | Path | None = None,
     ranks: int | None = None,
     quick: bool = False,
+    until: int | None = None,
     overfit: int | None = None,
     micro_order: str = "forward",
     model: nn.Module | Mapping[str, nn.Module] | None = None,
@@ -54,6 +55,7 @@ def train(
         resume: "auto" goes on with `run_dir` if there is something to go on with; a path names the run to go on with.
         ranks: start so many ranks on this machine; by default this process takes part as its launcher says.
         quick: two steps, with a save and a resume between them, and an evaluation.
+        until: end after this step as if it were the last; a resume can go on from there.
         overfit: train on the first so many batches again and again.
         micro_order: "reversed" sums a step's micro-batches from the last to the first, which measures the noise floor
             of floating-point summation and changes nothing else.
@@ -73,10 +75,11 @@ def train(
         "run_dir": None if run_dir is None else str(run_dir),
         "resume": None if resume is None else str(resume),
         "quick": quick,
+        "until": until,
         "overfit": overfit,
         "micro_order": micro_order,
     }
-    if ranks is not None and ranks > 1:
+    if ranks is not None:
         if "WORLD_SIZE" in os.environ:
             raise UserError(
                 f"--ranks {ranks}: a launcher has started {os.environ['WORLD_SIZE']} ranks already"
@@ -87,7 +90,7 @@ def train(
             )
         data_folder(recipe)  # packed by this process, not by the ranks
         return start_ranks(
-            ranks, _train_rank, recipe.as_dict(), recipe._source, recipe.root, options
+            ranks, _train_rank, recipe.as_dict(), recipe.source, recipe.root, options
         )[0]
     return _train_here(recipe, model=model, **options)
 
@@ -95,7 +98,7 @@ def train(
 def _train_rank(
     settings: dict[str, Any], source: str, root: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    return _train_here(Recipe._make(settings, source, root), **options)
+    return _train_here(Recipe.restore(settings, source, root), **options)
 
 
 def _train_here(
@@ -104,6 +107,7 @@ def _train_here(
     run_dir: str | None,
     resume: str | None,
     quick: bool,
+    until: int | None,
     overfit: int | None,
     micro_order: str,
     model: Any = None,
@@ -128,11 +132,12 @@ def _train_here(
             _begin(first, resume)
             first.train(until=1)
             first.save()
+            first.callbacks.call("run_ends", first)
             resume = "auto"
         trainer = build(recipe, world, directory, **options)
         try:
             _begin(trainer, resume)
-            trainer.train(until=2 if quick else None)
+            trainer.train(until=2 if quick else until)
             trainer.callbacks.call("run_ends", trainer)
         except BaseException as error:
             trainer.callbacks.call("failed", trainer, error)

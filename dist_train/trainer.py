@@ -273,10 +273,12 @@ class Trainer:
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.by_name.items()},
             "data": {"step": self.step, "index": self.fingerprint},
         }
-        mine = [
-            (name, part)
-            for number, (name, part) in enumerate(self._slices())
-            if not part.replicated or number % self.world.size == self.world.rank
+        pairs = list(self._slices())
+        shared = [
+            pair for pair in pairs if pair[1].replicated
+        ]  # the same on every rank, so each writes a part of them
+        mine = [pair for pair in pairs if not pair[1].replicated] + shared[
+            self.world.rank :: self.world.size
         ]
         checkpoint.save(self.directory.checkpoints, self.step, mine, values, self.world)
 

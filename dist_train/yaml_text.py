@@ -36,7 +36,14 @@ MAX_DEPTH = 20
 MAX_VALUES = 20_000
 
 _NULL = {"", "~", "null", "Null", "NULL"}
-_BOOLEAN = {word: word[0] in "tT" for word in "true True TRUE false False FALSE".split()}
+_BOOLEAN = {
+    "true": True,
+    "True": True,
+    "TRUE": True,
+    "false": False,
+    "False": False,
+    "FALSE": False,
+}
 _INTEGER = re.compile(r"[-+]?[0-9]{1,300}")
 _BASED = re.compile(r"0o[0-7]{1,300}|0x[0-9a-fA-F]{1,300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -135,6 +142,7 @@ class _Builder:
             value, size = self.anchors[event.anchor]
             self.count(event, size)
             return copy.deepcopy(value)
+        assert isinstance(event, ScalarEvent | SequenceStartEvent | MappingStartEvent), event
         if event.tag is not None:
             raise self.error(event, f"tags like {event.tag} are not accepted")
         before = self.values
@@ -145,7 +153,6 @@ class _Builder:
             while not isinstance(item := self.next(), SequenceEndEvent):
                 value.append(self.value(item, depth + 1))
         else:
-            assert isinstance(event, MappingStartEvent), event
             value = self.mapping(depth)
         if event.anchor is not None:
             self.anchors[event.anchor] = (value, self.values - before)

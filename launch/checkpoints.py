@@ -13,9 +13,7 @@ Place = Annotated[
     Path, typer.Argument(help="A run directory (its last good checkpoint), or a checkpoint.")
 ]
 
-checkpoint = typer.Typer(
-    help="Look at, prove and carry away checkpoints.", no_args_is_help=True, rich_markup_mode=None
-)
+checkpoint = typer.Typer(help="Look at, prove and carry away checkpoints.", rich_markup_mode=None)
 
 
 def register(app: typer.Typer) -> None:

@@ -34,7 +34,6 @@ app = typer.Typer(
     name="dist-train",
     help="Train on one machine or many; kill any run and bring it back bit for bit.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # importing rich would double the time of --help
 )
@@ -75,8 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         return fail(str(error), as_json, MISTAKE)
     except typer.TyperException as error:
-        message = error.format_message()
-        return fail(message, as_json, error.exit_code) if message else error.exit_code
+        return fail(f"{error.format_message().rstrip('.')} (see --help)", as_json, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", as_json, INTERRUPTED)
     except BrokenPipeError:  # `dist-train list | head`

@@ -18,7 +18,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder of the runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Train the three families on real data, here; kill one and bring it back."""
+    """Train three models on real data; kill one, bring it back."""
     from dist_train.launch import demo as the_demo
 
     answer(as_json, lambda: the_demo.demo(out), show=lambda result: None)

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Show what this machine has: versions, devices, memory, backends, data."""
+    """Show what this machine has, and what it lacks."""
     answer(as_json, examine)
 
 

@@ -37,7 +37,7 @@ def new(
     ],
     as_json: Json = False,
 ) -> None:
-    """Write a small tested project: a network, an objective, a metric, a callback, a recipe."""
+    """Write a small tested project with parts of one's own."""
     answer(as_json, lambda: create_project(directory))
 
 

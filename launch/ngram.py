@@ -65,5 +65,5 @@ class WittenBell:
 def witten_bell_bits_per_byte(
     train_documents: Sequence[bytes], test_documents: Sequence[bytes], order: int
 ) -> float:
-    """Bits per byte of an n-gram model of `order` bytes; a test document's first byte is not scored."""
+    """Bits per byte of an n-gram model of `order` bytes, over all but each document's first."""
     return WittenBell(train_documents, order).bits_per_byte(test_documents)

@@ -12,9 +12,7 @@ from dist_train.launch.output import Json, Settings, answer, table
 
 Folder = Annotated[Path, typer.Argument(help="A folder of tar shards.")]
 
-shards = typer.Typer(
-    help="Make, index, check and show tar shards.", no_args_is_help=True, rich_markup_mode=None
-)
+shards = typer.Typer(help="Make, index, check and show tar shards.", rich_markup_mode=None)
 
 
 def register(app: typer.Typer) -> None:
@@ -76,5 +74,5 @@ def _described(path: Path, made: Any) -> dict[str, Any]:
         "shards": len(made.shards()),
         "bytes": sum(shard.bytes for shard in made.shards()),
         **made.describe(),
-        "fingerprint": made.fingerprint(),
+        "fingerprint": made.fingerprint,
     }

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dist_train.errors import UserError
 from dist_train.launch.output import Json, Settings, answer
+
+if TYPE_CHECKING:
+    from dist_train.recipe import Recipe
 
 
 class Order(StrEnum):
@@ -50,7 +53,10 @@ def train(
     micro_order: Annotated[Order, typer.Option(hidden=True)] = Order.forward,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe, in this process or on `--ranks N`; under torchrun, accelerate or srun it joins their ranks."""
+    """Train a recipe, in this process or on several ranks.
+
+    Under torchrun, accelerate launch, deepspeed or srun each process joins as the rank that it was given.
+    """
     from dist_train.launch.accelerate import check_accelerate_environment
     from dist_train.recipe import Recipe
 
@@ -78,4 +84,10 @@ def train(
             micro_order=micro_order.value,
             ranks=ranks,
         ),
+        show=None if _is_silent(resolved) else lambda _: None,
     )
+
+
+def _is_silent(recipe: Recipe) -> bool:
+    """Whether no console callback tells how it ended."""
+    return all(spec["name"] != "console" for spec in recipe.callback_specs.values())

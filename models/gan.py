@@ -1,4 +1,4 @@
-"""Convolutional generator and critic for Wasserstein GANs (Gulrajani et al. 2017, arXiv:1704.00028).
+"""Convolutional generator and critic of a WGAN-GP (Gulrajani et al. 2017, arXiv:1704.00028).
 
 Shapes: B images, Z latent numbers, C channels, S x S pixels, w width.
 """
@@ -9,51 +9,75 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SLOPE = 0.2
-"""Of the leaky ReLUs, as DCGAN (Radford et al. 2016, arXiv:1511.06434)."""
+"""Of the critic's leaky ReLUs (DCGAN, Radford et al. 2016, arXiv:1511.06434)."""
 
 
 class ConvGenerator(nn.Module):
-    """Latent numbers -> image in [-1, 1]: a linear layer to S/4 x S/4, then two upsamplings by 2."""
+    """Latent numbers to an image: a linear layer to S/4 x S/4, then two upsamplings by 2.
+
+    No batch norm: an image depends on its own latent numbers alone, and there are no buffers.
+    """
 
     def __init__(
-        self,
-        latent_dim: int = 64,
-        width: int = 32,
-        channels: int = 1,
-        image_size: int = 28,
-        norm: str = "none",
+        self, latent_dim: int = 64, width: int = 32, channels: int = 1, image_size: int = 28
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
-        self.base = (2 * width, image_size // 4, image_size // 4)
-        self.project = nn.Linear(latent_dim, 2 * width * (image_size // 4) ** 2)
+        self.base = (2 * width, quarter(image_size), quarter(image_size))
+        self.project = nn.Linear(latent_dim, 2 * width * quarter(image_size) ** 2)
         self.up1 = nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)
         self.up2 = nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
-        mk = {"none": lambda c: nn.Identity(), "bn": nn.BatchNorm2d}[norm]
-        self.n0, self.n1 = mk(2 * width), mk(width)
-        initialise(self)
+        initialise(self, slope=0.0)
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = F.relu(self.n0(self.project(latent).view(-1, *self.base)))
-        x = F.relu(self.n1(self.up1(x)))
-        return self.up2(x).tanh()
+        """Latent (B, Z), standard normal -> image (B, C, S, S) in [-1, 1]."""
+        x = F.relu(self.project(latent).view(-1, *self.base))  # (B, 2w, S/4, S/4)
+        x = F.relu(self.up1(x))  # (B, w, S/2, S/2)
+        return self.up2(x).tanh()  # (B, C, S, S)
 
 
 class ConvCritic(nn.Module):
+    """Image to a score without bounds.
+
+    No batch norm: the gradient penalty is on the score of each image alone (Gulrajani, section 4).
+    """
+
     def __init__(self, width: int = 32, channels: int = 1, image_size: int = 28) -> None:
         super().__init__()
         self.down1 = nn.Conv2d(channels, width, 4, stride=2, padding=1)
         self.down2 = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
-        self.score = nn.Linear(2 * width * (image_size // 4) ** 2, 1)
-        initialise(self)
+        self.score = nn.Linear(2 * width * quarter(image_size) ** 2, 1)
+        initialise(self, slope=SLOPE)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = F.leaky_relu(self.down1(image), SLOPE)
-        x = F.leaky_relu(self.down2(x), SLOPE)
-        return self.score(x.flatten(1)).squeeze(1)
+        """Image (B, C, S, S) -> score (B,)."""
+        x = F.leaky_relu(self.down1(image), SLOPE)  # (B, w, S/2, S/2)
+        x = F.leaky_relu(self.down2(x), SLOPE)  # (B, 2w, S/4, S/4)
+        return self.score(x.flatten(1)).squeeze(1)  # (B,)
 
 
-def initialise(model):
-    for m in model.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.zeros_(m.bias)
+def quarter(image_size: int) -> int:
+    """The resolution two halvings below an image's."""
+    if image_size < 4 or image_size % 4 != 0:
+        raise ValueError(f"image_size must be a multiple of 4 (28, 32, 64, ...), got {image_size}")
+    return image_size // 4
+
+
+def initialise(model: nn.Module, slope: float) -> None:
+    """Draw the weights from the default generator.
+
+    Each keeps the variance of its input through a (leaky) ReLU (He et al. 2015, arXiv:1502.01852);
+    without norms DCGAN's 0.02 would shrink the signal layer by layer.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ConvTranspose2d):
+            # Of its kernel, an output pixel meets one weight in stride x stride.
+            overlap = module.kernel_size[0] * module.kernel_size[1]
+            fan_in = module.in_channels * overlap / (module.stride[0] * module.stride[1])
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            fan_in = module.weight[0].numel()
+        else:
+            continue
+        nn.init.normal_(module.weight, std=(2 / (1 + slope**2) / fan_in) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -232,3 +232,66 @@ def test_generate_refuses(wrong: dict[str, float], message: str) -> None:
         generate(small_transformer(), start, 1, max_length=4, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one token"):
         generate(small_transformer(), start[:, :0], 1, max_length=4)
+
+
+# GAN
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gan_shapes(size: int, channels: int) -> None:
+    torch.manual_seed(0)
+    generator = ConvGenerator(latent_dim=8, width=4, channels=channels, image_size=size)
+    critic = ConvCritic(width=4, channels=channels, image_size=size)
+    image = generator(torch.randn(5, 8))
+    assert image.shape == (5, channels, size, size)
+    assert image.abs().max() <= 1
+    assert critic(image).shape == (5,)
+
+
+def test_gan_rows_do_not_depend_on_each_other() -> None:
+    torch.manual_seed(0)
+    generator, critic = ConvGenerator(width=4).double(), ConvCritic(width=4).double()
+    latent = torch.randn(6, 64, dtype=torch.float64)
+    image = generator(latent)
+    torch.testing.assert_close(generator(latent[2:3]), image[2:3], rtol=0, atol=1e-12)
+    torch.testing.assert_close(critic(image[2:3]), critic(image)[2:3], rtol=0, atol=1e-12)
+
+
+def test_gan_signal_keeps_its_scale() -> None:
+    torch.manual_seed(0)
+    generator, critic = ConvGenerator(), ConvCritic()
+    scales: list[float] = []
+    for module in [generator.up1, generator.up2, critic.down2, critic.score]:
+        module.register_forward_pre_hook(lambda m, given: scales.append(given[0].square().mean()))
+    critic(generator(torch.randn(256, 64)))
+    assert all(0.2 < scale < 2.5 for scale in scales), scales
+
+
+def test_gradient_penalty_equals_finite_differences() -> None:
+    torch.manual_seed(0)
+    critic = ConvCritic(width=2, image_size=8).double()
+    image = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    weight = critic.down2.weight
+
+    def penalty() -> Tensor:
+        x = image.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+    (gradient,) = torch.autograd.grad(penalty(), weight)
+    step = torch.randn_like(weight)
+    with torch.no_grad():
+        weight.add_(1e-6 * step)
+    above = penalty().detach()
+    with torch.no_grad():
+        weight.sub_(2e-6 * step)
+    below = penalty().detach()
+    torch.testing.assert_close((above - below) / 2e-6, (gradient * step).sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 30])
+def test_gan_refuses_a_size_that_two_halvings_do_not_divide(size: int) -> None:
+    for model in (ConvGenerator, ConvCritic):
+        with pytest.raises(ValueError, match="multiple of 4"):
+            model(image_size=size)

@@ -1,13 +1,15 @@
 """Weights & Biases as a mirror of metrics.jsonl (law 8). The only file that knows wandb.
 
-The cursor is what the tracker itself holds, so no crash can make the two disagree: offline the rows in its own files,
-online the server's last step. At a start every row of metrics.jsonl that the tracker lacks is sent, and a row that it
-has (sent before a kill, computed again after the resume) is not. All of it happens on a thread of its own: a tracker
-that is slow, full or gone costs the run nothing but a warning.
+The cursor is what the tracker itself holds, so no crash can make the two disagree: offline the
+rows in its own files, online the server's last step. At a start every row of metrics.jsonl that
+the tracker lacks is sent, and a row that it has (sent before a kill, computed again after the
+resume) is not. All of it happens on a thread of its own: a tracker that is slow, full or gone
+costs the run nothing but a warning.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.callbacks import Callback
 from dist_train.errors import UserError
 from dist_train.run_directory import RunDirectory, scrub, write_file
+from dist_train.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe
@@ -43,10 +46,11 @@ class WandbMirror(Callback):
     """Mirror the run's rows and images in Weights & Biases.
 
     Args:
-        mode: "online", "offline" or "disabled"; by default WANDB_MODE, else online with a key, else offline.
-        entity, project, group, tags: as in `wandb.init`; by default WANDB_ENTITY, WANDB_PROJECT (else the recipe's
-            project), WANDB_RUN_GROUP, WANDB_TAGS. WANDB_NAME, WANDB_RUN_ID, WANDB_DIR, WANDB_API_KEY and
-            WANDB_BASE_URL count too.
+        mode: "online", "offline" or "disabled"; by default WANDB_MODE, else online. Online without
+            a key is offline.
+        entity, project, group, tags: as in `wandb.init`; by default WANDB_ENTITY, WANDB_PROJECT
+            (else the recipe's project), WANDB_RUN_GROUP, WANDB_TAGS. WANDB_NAME, WANDB_RUN_ID,
+            WANDB_DIR, WANDB_API_KEY and WANDB_BASE_URL count too.
     """
 
     priority = 95
@@ -94,7 +98,7 @@ class WandbMirror(Callback):
 
 
 class Mirror:
-    """Brings a tracker up to metrics.jsonl, then sends row after row, on a thread that never holds up its caller."""
+    """Brings a tracker up to metrics.jsonl, then sends row after row, on a thread of its own."""
 
     def __init__(self, directory: RunDirectory, mode: str, options: Mapping[str, Any]) -> None:
         self.directory, self.mode, self.options = directory, mode, options
@@ -135,10 +139,10 @@ class Mirror:
             tracker, has = self._start()
             for row in self._missing:
                 self._log(tracker, row, has)
-            while isinstance(row := self._rows.get(), dict):
-                self._log(tracker, row, has)
+            while isinstance(handed := self._rows.get(), dict):
+                self._log(tracker, handed, has)
                 self._done += 1
-            tracker.finish(exit_code=row)
+            tracker.finish(exit_code=handed)
             if self.mode == "online":
                 for file in stored_files(self.directory):
                     file.with_name(
@@ -150,7 +154,7 @@ class Mirror:
     def _warn(self, error: BaseException) -> None:
         self.error = error
         log.warning(
-            "wandb: %s: mirroring ends, metrics.jsonl stays complete; `dist-train sync %s` catches up",
+            "wandb: %s: mirroring ends, metrics.jsonl goes on; `dist-train sync %s` catches up",
             str(error).strip().partition("\n")[0] or type(error).__name__,
             self.directory.path,
         )
@@ -215,13 +219,16 @@ class Mirror:
 def sync(run_dir: Path | str) -> dict[str, Any]:
     """Bring the tracker up to date with a run directory's metrics.jsonl; needs a key.
 
-    Returns `{"run_id", "rows", "sent"}`. Raises UserError when there is no key, or the tracker cannot be reached.
+    Returns `{"run_id", "rows", "sent"}`. Raises UserError without a key, or when the server cannot
+    be reached.
     """
     directory = RunDirectory.open(run_dir)
     if not has_key():
         raise UserError("sync needs a key: run `wandb login`, or set WANDB_API_KEY")
     callbacks = config_of(directory).get("callbacks") or {}
-    mine = next((c for key, c in callbacks.items() if c and c.get("name", key) == "wandb"), {})
+    mine: dict[str, Any] = next(
+        (c for key, c in callbacks.items() if c and c.get("name", key) == "wandb"), {}
+    )
     options = {name: mine.get(name) for name in ("entity", "project", "group", "tags")}
     directory.lock()
     try:
@@ -235,7 +242,7 @@ def sync(run_dir: Path | str) -> dict[str, Any]:
 
 
 def choose_mode(mode: str | None) -> str:
-    """The mode asked for, else WANDB_MODE, else online; online without a key is offline, for nothing may prompt."""
+    """The mode asked for, else WANDB_MODE, else online; offline where wandb would ask for a key."""
     chosen = mode or os.environ.get("WANDB_MODE") or "online"
     if chosen not in MODES:
         raise UserError(f"WANDB_MODE: {chosen!r} is none of {', '.join(MODES)}")
@@ -255,7 +262,7 @@ def has_key() -> bool:
 
 
 def run_id(directory: RunDirectory) -> str:
-    """The one id that this directory has at the tracker, for life: WANDB_RUN_ID at its first start, or a new one."""
+    """This directory's one id at the tracker, for life: WANDB_RUN_ID at first, or a new one."""
     file = directory.path / "wandb" / "run_id"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
@@ -267,11 +274,7 @@ def run_id(directory: RunDirectory) -> str:
 
 def config_of(directory: RunDirectory) -> dict[str, Any]:
     """The resolved recipe, without secrets."""
-    from ruamel.yaml import YAML
-
-    return scrub(
-        YAML(typ="safe", pure=True).load(directory.recipe.read_text(encoding="utf-8")) or {}
-    )
+    return scrub(read_yaml(directory.recipe.read_bytes(), str(directory.recipe)))
 
 
 def _import_wandb() -> Any:
@@ -283,7 +286,7 @@ def _import_wandb() -> Any:
     return wandb
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What an offline tracker has: its own files, a LevelDB log of protocol buffers
 
 HEADER = b":W&B"
@@ -298,7 +301,7 @@ def stored_files(directory: RunDirectory) -> list[Path]:
 
 
 def history(path: Path | str) -> list[dict[str, Any]]:
-    """The rows that a `.wandb` file holds, or all such files below a folder; a torn tail is ignored."""
+    """The rows of a `.wandb` file, or of all below a folder; a torn tail is ignored."""
     path = Path(path)
     files = sorted(path.rglob("*.wandb")) if path.is_dir() else [path]
     return [row for file in files for row in _history(_records(file.read_bytes()))]
@@ -307,8 +310,8 @@ def history(path: Path | str) -> list[dict[str, Any]]:
 def seal(file: Path) -> list[dict[str, Any]]:
     """Cut a file of an earlier start to its whole records, for good, and return its rows.
 
-    The tracker's process outlives a killed run by a moment and may still be writing: it keeps the old file, which
-    nobody sees any more, so what is read here is what stays.
+    The tracker's process outlives a killed run by a moment and may still be writing: it keeps the
+    old file, which nobody sees any more, so what is read here is what stays.
     """
     content = file.read_bytes()
     records = list(_records(content))
@@ -318,14 +321,19 @@ def seal(file: Path) -> list[dict[str, Any]]:
 
 
 def _history(records: Iterator[tuple[bytes, int]]) -> list[dict[str, Any]]:
-    from wandb.proto import wandb_internal_pb2
-
+    wandb_internal_pb2: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     rows = []
     for data, _ in records:
         record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                *outer, name = item.nested_key or [item.key]
+                place = row
+                for part in outer:
+                    place = place.setdefault(part, {})
+                place[name] = json.loads(item.value_json)
+            rows.append(row)
     return rows
 
 

@@ -1,0 +1,41 @@
+# What a newcomer types. Everything happens in .venv; nothing outside the clone is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := zero,accelerate,wandb,data,plots,dev
+export DS_BUILD_OPS := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check format bench install clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; say PYTHON=python3.12 or the like"; exit 1; }
+	@test -x "$(BIN)/python" || $(PYTHON) -m venv .venv || \
+	  { echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv"; rm -rf .venv; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools packaging
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: install
+	$(BIN)/dist-train demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/reader.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,51 @@
+"""Look at what a model makes: a grid of samples from the same noise, every so often."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_train import randomness
+from dist_train.callbacks import Callback
+from dist_train.errors import UserError
+from dist_train.png import save_grid
+
+if TYPE_CHECKING:
+    from dist_train.trainer import Trainer
+
+__all__ = ["Samples", "save_grid"]
+
+
+class Samples(Callback):
+    """Draw `count` samples from the same noise each time, into `samples/` and the row of the step.
+
+    Args:
+        every: how often, as "1 epoch"; also at the end.
+        weights: "live", or the name of a callback that averages them ("ema").
+    """
+
+    priority = 60
+
+    def __init__(self, every: str = "1 epoch", count: int = 64, weights: str = "live") -> None:
+        if count < 1:
+            raise UserError(f"count: must be at least 1, got {count}")
+        self.every, self.count, self.weights_of = every, count, weights
+
+    def run_begins(self, run: Trainer) -> None:
+        if self.weights_of != "live":
+            run.callback(self.weights_of)
+
+    def step_ends(self, run: Trainer) -> None:
+        if not (run.every(self.every) or run.is_last):
+            return
+        networks = run.view(self.weights_of)
+        with torch.no_grad(), randomness.at(run.seed, 0, randomness.EVALUATION, 0):
+            drawn = run.objective.samples(networks, self.count, run.world.device)
+        if not drawn and run.world.is_main:
+            logging.getLogger(__name__).warning(
+                "callbacks.samples: %s has no samples to draw", type(run.objective).__name__
+            )
+        for name, images in drawn.items():
+            run.images(name, images)

@@ -1,0 +1,205 @@
+"""`dist-train demo`: three models on real data; then one of them is killed, and comes back as the same run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dist_train import checkpoint, randomness
+from dist_train.data_shards.reader import Shards
+from dist_train.launch.ngram import witten_bell_bits_per_byte
+from dist_train.recipe import Recipe
+from dist_train.report import write_report
+from dist_train.run import data_folder, restore, train
+from dist_train.run_directory import RunDirectory
+
+RANKS = 2
+RECIPES = ("resnet-mnist", "transformer-text", "wgan-gp-mnist")
+KILLED_AT = 0.92
+"""The share of the run after which the killed one dies: late, so that what is left is short."""
+CONFIDENT = 0.9
+SAMPLES = 1000
+
+
+def demo(out: Path = Path("runs")) -> dict[str, Any]:
+    """Train the three recipes on two ranks each, judge them, kill one, bring it back; returns the figures."""
+    began = time.monotonic()
+    console = Console(highlight=False)
+    root = out / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    root.mkdir(parents=True)
+    recipes = {name: Recipe.load(name) for name in RECIPES}
+    for folder in sorted({data_folder(recipe) for recipe in recipes.values()}):
+        shards = Shards(folder, "train")
+        console.print(
+            f"packed {folder}: {len(shards)} samples to train on in {len(shards.shards)} shards"
+        )
+
+    runs: dict[str, dict[str, Any]] = {}
+    for name, recipe in recipes.items():
+        console.rule(f"{name}: {RANKS} ranks, {recipe.strategy}")
+        runs[name] = train(recipe, run_dir=root / name, ranks=RANKS)
+    figures = {
+        "resnet-mnist": _accuracy(runs["resnet-mnist"]),
+        "transformer-text": _against_ngram(recipes["transformer-text"], runs["transformer-text"]),
+        "wgan-gp-mnist": _judged(root / "wgan-gp-mnist", root / "resnet-mnist"),
+    }
+    console.rule("wgan-gp-mnist again, killed with SIGKILL")
+    figures["killed"] = _killed_and_back(
+        recipes["wgan-gp-mnist"], root, runs["wgan-gp-mnist"]["steps"], console
+    )
+
+    table = Table(title="dist-train demo")
+    for column in ("recipe", "ranks", "strategy", "steps", "seconds", "figure", "report"):
+        table.add_column(column, overflow="fold")
+    for name, run in runs.items():
+        report = write_report([root / name])
+        strategy = str(recipes[name].strategy)
+        text = figures[name]["text"]
+        table.add_row(
+            name,
+            str(RANKS),
+            strategy,
+            str(run["steps"]),
+            f"{run['seconds']:.0f}",
+            text,
+            str(report),
+        )
+    console.print(table)
+    console.print(figures["killed"]["text"])
+    seconds = time.monotonic() - began
+    console.print(f"{seconds:.0f} s in all; samples of the GAN: {figures['wgan-gp-mnist']['grid']}")
+    return {"root": str(root), "seconds": round(seconds, 1), "runs": runs, "figures": figures}
+
+
+def _accuracy(run: dict[str, Any]) -> dict[str, Any]:
+    accuracy = run["results"]["evaluate/accuracy"]
+    return {"accuracy": accuracy, "text": f"test accuracy {accuracy:.2%}"}
+
+
+def _against_ngram(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
+    """The model's bits per byte beside a Witten-Bell 3-gram's, fitted to the same split, on the same target bytes."""
+    folder = data_folder(recipe)
+    baseline = witten_bell_bits_per_byte(
+        _documents(folder, "train"), _documents(folder, "test"), order=3
+    )
+    bits = run["results"]["evaluate/bits_per_byte"]
+    text = f"{bits:.3f} bits per byte, 3-gram {baseline:.3f}"
+    return {"bits_per_byte": bits, "three_gram": baseline, "text": text}
+
+
+def _documents(folder: Path, split: str) -> list[bytes]:
+    """The documents of a split, put together again from pieces that overlap by a byte."""
+    shards = Shards(folder, split)
+    documents: dict[str, bytes] = {}
+    for i in range(len(shards)):
+        document = shards.key(i).rpartition("-")[0]
+        piece = shards.sample(i)["tokens"].tobytes()
+        documents[document] = documents[document] + piece[1:] if document in documents else piece
+    return list(documents.values())
+
+
+def _judged(gan: Path, classifier: Path) -> dict[str, Any]:
+    """How many of the GAN's samples a trained classifier is sure about, and of which classes they are."""
+    import torch
+
+    judge, artist = restore(classifier), restore(gan)
+    statistics = Shards(data_folder(judge.recipe), "train").index.statistics["image"]
+    mean, deviation = float(statistics["mean"][0]), float(statistics["std"][0])
+    judged_by = judge.view("ema").model
+
+    def sure(images: Any) -> tuple[float, int]:
+        with torch.no_grad():
+            probability, chosen = judged_by((images - mean) / deviation).softmax(1).max(1)
+        confident = probability >= CONFIDENT
+        return float(confident.float().mean()), len(set(chosen[confident].tolist()))
+
+    randomness.reseed(artist.recipe.seed, artist.step)
+    with torch.no_grad():
+        drawn = artist.objective.samples(artist.view("ema"), SAMPLES, "cpu")["generator"]
+    share, classes = sure(drawn)
+    noise_share, _ = sure(torch.rand(drawn.shape))
+    grid = sorted((gan / "samples").glob("*.png"))[-1]
+    text = f"{share:.0%} of {SAMPLES} samples are sure digits (noise {noise_share:.0%}), {classes} classes"
+    return {
+        "confident": share,
+        "noise": noise_share,
+        "classes": classes,
+        "grid": str(grid),
+        "text": text,
+    }
+
+
+def _killed_and_back(recipe: Recipe, root: Path, steps: int, console: Console) -> dict[str, Any]:
+    """Kill a second, equal run late; bring copies of it back on two ranks and on one, and compare with the first."""
+    killed = root / "killed"
+    until = int(steps * KILLED_AT)
+    _run_and_kill(killed, until)
+    last = RunDirectory.open(killed).rows()[-1]["step"]
+    saved = checkpoint.steps(killed / "checkpoints")[-1]
+    console.print(f"killed after step {last} of {steps}; its last checkpoint is of step {saved}")
+    silent = recipe.set("callbacks.console", None)
+    places = {"two": (RANKS, "forward"), "one": (1, "forward"), "reversed": (1, "reversed")}
+    for name, (ranks, order) in places.items():
+        copy = root / f"back-on-{name}"
+        shutil.copytree(killed, copy)
+        console.print(
+            f"  bringing a copy back on {ranks} rank{'s' * (ranks > 1)}, micro-batches {order}"
+        )
+        train(silent, resume=copy, ranks=ranks, micro_order=order)
+    unbroken = root / recipe.name
+    digests = [checkpoint.weights_digest(path) for path in (unbroken, root / "back-on-two")]
+    same = digests[0] == digests[1]
+    difference = _largest(unbroken, root / "back-on-one")
+    floor = _largest(root / "back-on-one", root / "back-on-reversed")
+    state = (
+        f"identical (sha256 {digests[0][:16]})"
+        if same
+        else f"DIFFERENT ({digests[0][:8]}, {digests[1][:8]})"
+    )
+    text = f"2 ranks: weights {state} | 1 rank: max difference {difference:.1e}, noise floor {floor:.1e}"
+    return {
+        "identical": same,
+        "sha256": digests[0],
+        "difference": difference,
+        "floor": floor,
+        "text": text,
+    }
+
+
+def _run_and_kill(path: Path, step: int) -> None:
+    """Start a run as a user does, and send SIGKILL to all its processes once it has logged `step`."""
+    command = [sys.executable, "-m", "dist_train", "train", "wgan-gp-mnist", "--ranks", str(RANKS)]
+    process = subprocess.Popen(
+        [*command, "--run-dir", str(path), "--set", "callbacks.console=null"],
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None:
+            if (path / "metrics.jsonl").exists():
+                rows = RunDirectory(path).rows()
+                if rows and rows[-1]["step"] >= step:
+                    break
+            time.sleep(0.05)
+        else:
+            raise RuntimeError(f"the run ended by itself, with exit code {process.returncode}")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _largest(first: Path, second: Path) -> float:
+    """The largest difference of a weight."""
+    differences = checkpoint.diff(first, second)["differences"]
+    return float(
+        np.max([value for name, value in differences.items() if name.startswith("weights/")])
+    )
