@@ -145,7 +145,7 @@ def last_good(folder: Path) -> tuple[Path | None, list[str]]:
 
     Raises CheckpointError when there are checkpoints but none is whole: a run never silently starts over.
     """
-    skipped = []
+    skipped: list[str] = []
     all_steps = steps(folder)
     for step in reversed(all_steps):
         wrong = problems(at(folder, step))

@@ -1,7 +1,7 @@
 """The engine carries one player's gradients to its weights: plain, DDP or ZeRO (the only file that knows DeepSpeed).
 
 Its contract is gradients, not losses (docs/decisions/0002): a turn's gradients are either streamed to it, layer by
-layer, by the backward of a loss through the live networks, or given to it whole, for losses that need a double backward.
+layer, by the backward of a loss through the live networks, or given to it whole, for losses with a double backward.
 Whatever the strategy, the sum over all micro-batches of all ranks is what reaches the weights, so every loss comes in
 already weighted by its share of the global batch.
 """
@@ -82,7 +82,10 @@ def make_engine(
 
 
 class Engine(ABC):
-    """One player's networks, optimiser and gradients. A turn is: begin_turn, backward for each micro-batch, reduce, step."""
+    """One player's networks, optimiser and gradients.
+
+    A turn is: begin_turn, backward for each micro-batch, reduce, step.
+    """
 
     weights: list[Slice]
     """The fp32 weights that this rank updates."""
@@ -322,7 +325,8 @@ class PlainEngine(Engine):
         if self._buckets:
             self._buckets.clear()
         else:
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.trained.values():
+                parameter.grad = None
 
     def reduce(self) -> None:
         if self._buckets:
@@ -357,7 +361,8 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def _update(self) -> None:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        self.norm = torch.nn.utils.get_total_norm(gradients)
+        norms = torch._foreach_norm(self._buckets.flat if self._buckets else gradients)
+        self.norm = torch.linalg.vector_norm(torch.stack(norms))
         if self._clip_norm is not None:
             scale = (self._clip_norm / (self.norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, scale)
@@ -492,12 +497,11 @@ class ZeroEngine(Engine):
         if self.given:
             assert self._sum is not None
             with self._whole():
-                surrogate = sum(
-                    (p * g).sum()
-                    for p, g in zip(self.trained.values(), self._sum, strict=True)
-                    if g is not None
-                )
-                self._stream(surrogate, last=True)
+                pairs = zip(self.trained.values(), self._sum, strict=True)
+                surrogate = [
+                    (p * g).sum() for p, g in pairs if g is not None
+                ]  # whose gradient is the one given
+                self._stream(torch.stack(surrogate).sum(), last=True)
 
     def full_gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
@@ -596,7 +600,7 @@ class ZeroEngine(Engine):
                     part = Slice(name, shape, start, tensor[offset : offset + count])
                     self.optimizer_state.setdefault(kind, []).append(part)
 
-    def _place(self, parameter: nn.Parameter) -> tuple[nn.Parameter, int, int, int] | None:
+    def _place(self, parameter: Any) -> tuple[nn.Parameter, int, int, int] | None:
         """(flat partition, offset in it, first element of the parameter, how many); None where this rank has none."""
         if self.stage < 3:
             mapping = parameter._hp_mapping
@@ -630,15 +634,17 @@ class BufferKeeper:
 
     @torch.no_grad()
     def begin(self) -> None:
+        if not self.live:
+            return
         self.before = [b.clone() for b in self.live]
         self.change = [torch.zeros_like(b) for b in self.floats]
         self.micro_batches = 0
 
     @torch.no_grad()
     def after_micro_batch(self, last: bool) -> None:
-        self.micro_batches += 1
         if not self.live:
             return
+        self.micro_batches += 1
         start = self.before[: len(self.floats)]
         if self.floats:
             torch._foreach_add_(self.change, torch._foreach_sub(self.floats, start))

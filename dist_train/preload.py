@@ -2,7 +2,7 @@
 
 import importlib.util
 
-import torch  # noqa: F401
+import torch
 import torch.distributed  # noqa: F401
 
 import dist_train.run  # noqa: F401

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from dist_train import checkpoint, components, randomness
 from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
-from dist_train.data_shards.loader import evaluation_batches, training_batches
+from dist_train.data_shards.loader import EvaluationBatches, evaluation_batches, training_batches
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import locate
 from dist_train.duration import Duration
@@ -71,14 +72,14 @@ def train(
         run_dir = resume
     if resume is not None and run_dir is None:
         raise UserError("--resume auto: needs --run-dir, the directory to look in")
-    options = {
-        "run_dir": None if run_dir is None else str(run_dir),
-        "resume": None if resume is None else str(resume),
-        "quick": quick,
-        "until": until,
-        "overfit": overfit,
-        "micro_order": micro_order,
-    }
+    options = Options(
+        None if run_dir is None else str(run_dir),
+        None if resume is None else str(resume),
+        2 if quick else until,
+        quick,
+        overfit,
+        micro_order,
+    )
     if ranks is not None:
         if "WORLD_SIZE" in os.environ:
             raise UserError(
@@ -92,31 +93,33 @@ def train(
         return start_ranks(
             ranks, _train_rank, recipe.as_dict(), recipe.source, recipe.root, options
         )[0]
-    return _train_here(recipe, model=model, **options)
+    return _train_here(recipe, options, model)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `train` was asked for beyond the recipe."""
+
+    run_dir: str | None
+    resume: str | None
+    until: int | None
+    quick: bool
+    overfit: int | None
+    micro_order: str
 
 
 def _train_rank(
-    settings: dict[str, Any], source: str, root: Path, options: dict[str, Any]
+    settings: dict[str, Any], source: str, root: Path, options: Options
 ) -> dict[str, Any]:
-    return _train_here(Recipe.restore(settings, source, root), **options)
+    return _train_here(Recipe.restore(settings, source, root), options)
 
 
-def _train_here(
-    recipe: Recipe,
-    *,
-    run_dir: str | None,
-    resume: str | None,
-    quick: bool,
-    until: int | None,
-    overfit: int | None,
-    micro_order: str,
-    model: Any = None,
-) -> dict[str, Any]:
+def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str, Any]:
     recipe.importable()
     world = World.join(group=needs_group(recipe))
     threads = pin_threads(recipe.threads, world.local_size)
-    directory = _directory(recipe, world, run_dir, resume)
-    options = {"overfit": overfit, "micro_order": micro_order, "model": model}
+    directory = _directory(recipe, world, options)
+    resume = options.resume
     try:
         if world.is_main:
             directory.lock()
@@ -127,17 +130,17 @@ def _train_here(
             directory.write_recipe(recipe.to_yaml())
             directory.write_command(sys.argv)
         _log_to(directory.logs / f"rank-{world.rank}.log")
-        if quick:
-            first = build(recipe, world, directory, **options)
+        if options.quick:
+            first = build(recipe, world, directory, options.overfit, options.micro_order, model)
             _begin(first, resume)
             first.train(until=1)
             first.save()
             first.callbacks.call("run_ends", first)
             resume = "auto"
-        trainer = build(recipe, world, directory, **options)
+        trainer = build(recipe, world, directory, options.overfit, options.micro_order, model)
         try:
             _begin(trainer, resume)
-            trainer.train(until=2 if quick else until)
+            trainer.train(until=options.until)
             trainer.callbacks.call("run_ends", trainer)
         except BaseException as error:
             trainer.callbacks.call("failed", trainer, error)
@@ -163,7 +166,6 @@ def build(
     recipe: Recipe,
     world: World,
     directory: RunDirectory,
-    *,
     overfit: int | None = None,
     micro_order: str = "forward",
     model: Any = None,
@@ -175,28 +177,20 @@ def build(
     folder = data_folder(recipe)
     data = recipe.data
     shards = Shards(folder, data.split)
-    share = {
-        "rank": world.rank,
-        "world_size": world.size,
-        "workers": data.workers,
-        "scale": data.scale,
-    }
     batches = training_batches(
         shards,
         seed=recipe.seed,
         global_batch=data.global_batch,
         micro_batch=data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
         transforms=_transforms(recipe, "train"),
-        **share,
+        workers=data.workers,
+        scale=data.scale,
     )
     evaluation = None
     if recipe.evaluate is not None:
-        evaluation = evaluation_batches(
-            Shards(folder, recipe.evaluate.split),
-            micro_batch=recipe.evaluate.micro_batch or data.micro_batch,
-            transforms=_transforms(recipe, "evaluate"),
-            **share,
-        )
+        evaluation = _evaluation(recipe, Shards(folder, recipe.evaluate.split), world)
     objective: Objective = components.build("objective", recipe.objective, "objective")
     networks = make_networks(recipe, shards.index.describe(), model)
     micro_batches = data.global_batch // data.micro_batch // world.size
@@ -304,6 +298,19 @@ def make_callbacks(recipe: Recipe) -> Callbacks:
     return Callbacks(instances)
 
 
+def _evaluation(recipe: Recipe, shards: Shards, world: World) -> EvaluationBatches:
+    assert recipe.evaluate is not None
+    return evaluation_batches(
+        shards,
+        micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        transforms=_transforms(recipe, "evaluate"),
+        workers=recipe.data.workers,
+        scale=recipe.data.scale,
+    )
+
+
 def _transforms(recipe: Recipe, mode: str) -> list[Any]:
     specs = getattr(recipe.data.transforms, mode)
     return [
@@ -316,10 +323,9 @@ def _metric(name: str) -> Metric:
     return Metric.wrap(components.resolve("metric", name, "evaluate.metrics"), name)
 
 
-def _directory(
-    recipe: Recipe, world: World, run_dir: str | None, resume: str | None
-) -> RunDirectory:
+def _directory(recipe: Recipe, world: World, options: Options) -> RunDirectory:
     """Make or take the run's directory; all ranks get the same."""
+    run_dir, resume = options.run_dir, options.resume
     path = None
     if world.is_main:
         if run_dir is None:
@@ -468,14 +474,8 @@ def evaluate(
     trainer = restore(run_dir, recipe)
     if data is not None or split is not None:
         folder = data_folder(recipe) if data is None else locate(data, Path.cwd())
-        trainer.evaluation = evaluation_batches(
-            Shards(folder, split or recipe.evaluate.split),
-            micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
-            transforms=_transforms(recipe, "evaluate"),
-            rank=0,
-            world_size=1,
-            workers=recipe.data.workers,
-            scale=recipe.data.scale,
+        trainer.evaluation = _evaluation(
+            recipe, Shards(folder, split or recipe.evaluate.split), trainer.world
         )
     results = trainer.evaluate(recipe.evaluate.weights)
     return {"run_dir": str(run_dir), "step": trainer.step, "results": results}

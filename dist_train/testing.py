@@ -30,7 +30,7 @@ spawn_ranks = start_ranks
 
 
 class Trace(Callback):
-    """Writes, after every step, the ids of this rank's samples and the bits of its losses to `logs/trace-RANK.jsonl`."""
+    """Writes the ids of this rank's samples and the bits of its losses, every step, to `logs/trace-RANK.jsonl`."""
 
     priority = 5
 

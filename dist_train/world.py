@@ -1,4 +1,4 @@
-"""Who takes part in a run: ranks, their device, what they tell each other, and how those of this machine are started."""
+"""Who takes part in a run: the ranks, their device, what they tell each other, and how this machine's are started."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class World:
 
     @classmethod
     def join(cls, environ: Mapping[str, str] = os.environ, *, group: bool = False) -> World:
-        """Take the place that the launcher (torchrun, accelerate, deepspeed, ours) gave in RANK, WORLD_SIZE, LOCAL_RANK.
+        """Take the place that the launcher (torchrun, accelerate, deepspeed, ours) gave in RANK, WORLD_SIZE, ....
 
         Without those variables this process is the whole world. `group` asks for a process group even then (DeepSpeed
         cannot do without one).
@@ -60,11 +60,10 @@ class World:
             device = "cpu"
         if (size > 1 or group) and not dist.is_initialized():
             rendezvous = environ.get("DIST_TRAIN_RENDEZVOUS")
+            store: dist.Store | None = None  # None: by MASTER_ADDR and MASTER_PORT
             if rendezvous:
                 store = dist.FileStore(rendezvous, size)
-            elif size > 1:
-                store = None
-            else:
+            elif size == 1:
                 store = dist.HashStore()
             if device == "cpu" and (rendezvous or environ.get("MASTER_ADDR") in LOOPBACK):
                 os.environ.setdefault(

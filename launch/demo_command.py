@@ -19,6 +19,6 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train three models on real data; kill one, bring it back."""
-    from dist_train.launch import demo as the_demo
+    from dist_train.launch.demo import demo as run_demo
 
-    answer(as_json, lambda: the_demo.demo(out), show=lambda result: None)
+    answer(as_json, lambda: run_demo(out), show=lambda result: None)

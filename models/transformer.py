@@ -73,7 +73,7 @@ class Transformer(nn.Module):
             raise ValueError(f"num_heads must divide dim, got dim {dim} and num_heads {num_heads}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.max_length = max_length
+        self.dim, self.max_length = dim, max_length
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(max_length, dim)
         self.dropout = nn.Dropout(dropout)
@@ -82,17 +82,21 @@ class Transformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Draw the weights from the default generator."""
+        """Draw the weights from the default generator.
+
+        GPT-2's 0.02 belongs to its width of 768: it is about 0.5 / sqrt(dim), which keeps the tied head's first logits
+        small (the loss near ln(V)) and the signal alive at any width.
+        """
+        scale = 0.5 / self.dim**0.5
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                # GPT-2's 0.02: with the tied head the first logits are near 0, the loss near ln(V).
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=scale)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, Block):
                 # 2 depth branches add up in the residual stream: their sum keeps the scale of one.
-                std = 0.02 / (2 * len(self.blocks)) ** 0.5
+                std = scale / (2 * len(self.blocks)) ** 0.5
                 nn.init.normal_(module.attention.projection.weight, std=std)
                 nn.init.normal_(module.contract.weight, std=std)
 

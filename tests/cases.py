@@ -25,6 +25,7 @@ STEPS = 20
 def pack_tiny_data(folder: Path) -> None:
     """`folder/digits`: 600 images of 8x8. `folder/text`: 500 pieces of prose, most of 33 bytes, some shorter."""
     from pydoc_data.topics import topics
+
     from sklearn.datasets import load_digits
 
     from dist_train.data_shards.write import write_shards

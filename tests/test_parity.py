@@ -1,8 +1,8 @@
 """N ranks compute what one rank computes: every strategy, three models, with and without accumulation.
 
 Two ways (docs/decisions/0003): step-locked, from each of 20 reference states, every gradient tensor and loss; and
-free-running, where differences may grow as chaos lets them, against the floor that one process shows when it merely sums
-its micro-batches in another order.
+free-running, where differences may grow as chaos lets them, against the floor that one process shows when it
+merely sums its micro-batches in another order.
 """
 
 from __future__ import annotations

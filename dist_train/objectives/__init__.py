@@ -54,7 +54,7 @@ class Objective(ABC):
         return type(self).weight is Objective.weight
 
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
-        """Outputs on an evaluation batch, for the metrics; `loss_sum` and `loss_count` over the first `micro.real` rows."""
+        """What metrics need of an evaluation batch; `loss_sum` and `loss_count` over its first `micro.real` rows."""
         raise TypeError(
             f"{type(self).__name__} has no evaluation: give it `evaluate`, or remove `evaluate:`"
         )
