@@ -39,7 +39,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)
+        )
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.layers(image)
@@ -70,7 +72,10 @@ class Prepared:
 
 def make_trainer(folder: Path) -> Trainer:
     """A trainer of the MLP with the callbacks that the figure names."""
-    images = ((("train"), f"{i:04d}", {"image.npy": np.zeros((8, 8), np.uint8), "cls": i % 10}) for i in range(64))
+    images = (
+        (("train"), f"{i:04d}", {"image.npy": np.zeros((8, 8), np.uint8), "cls": i % 10})
+        for i in range(64)
+    )
     write_shards(folder / "data", "zeros", images, classes=list("0123456789"))
     recipe = Recipe(
         duration=f"{STEPS * (ROUNDS + 1)} steps",
@@ -111,7 +116,9 @@ def bare_loop(batches: list[MicroBatch]) -> Callable[[], None]:
 
 def by_hand_loop(batches: list[MicroBatch], log: Path) -> Callable[[], None]:
     model = MLP()
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS * ROUNDS)
 
@@ -134,7 +141,9 @@ def by_hand_loop(batches: list[MicroBatch], log: Path) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -169,7 +178,9 @@ def main() -> None:
     for name, value in found["microseconds_a_step"].items():  # type: ignore[attr-defined]
         print(f"{name:10} {value:8.1f} us a step")
     print(f"the trainer costs {found['cost_over_bare']} us a step over the bare loop,")
-    print(f"{found['cost_over_by_hand']} us over the loop that does the same by hand (ratio {found['ratio_to_by_hand']})")
+    print(
+        f"{found['cost_over_by_hand']} us over the loop that does the same by hand (ratio {found['ratio_to_by_hand']})"
+    )
 
 
 if __name__ == "__main__":

@@ -63,8 +63,6 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "mnist5k": "dist_train.data_shards.sources:mnist5k",
         "digits": "dist_train.data_shards.sources:digits",
         "python-text": "dist_train.data_shards.sources:python_text",
-        "image-folder": "dist_train.data_shards.sources:image_folder",
-        "text-files": "dist_train.data_shards.sources:text_files",
     },
 }
 

@@ -27,6 +27,8 @@ from dist_train.world import World
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 BUCKET_BYTES = 25 * 1024 * 1024
+ZERO_BUCKET = 5_000_000
+"""Elements that ZeRO reduces or gathers at once: enough to fill a link, without a buffer of gigabytes."""
 PERSISTENCE_THRESHOLD = 10_000
 """ZeRO-3 keeps parameters of at most so many elements (norms, biases) whole on every rank."""
 
@@ -474,6 +476,8 @@ class ZeroEngine(Engine):
                 "zero_force_ds_cpu_optimizer": False,
                 "zero_optimization": {
                     "stage": stage,
+                    "reduce_bucket_size": ZERO_BUCKET,
+                    "allgather_bucket_size": ZERO_BUCKET,
                     "stage3_param_persistence_threshold": strategy.get(
                         "persistence_threshold", PERSISTENCE_THRESHOLD
                     ),

@@ -126,6 +126,8 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
             found = environment(
                 device=world.device, world_size=world.size, threads=threads, folder=recipe.root
             )
+            for change in directory.environment_changes(found):
+                logging.getLogger("dist_train").info("since the last start: %s", change)
             directory.write_environment(found | {"project_root": str(recipe.root)})
             directory.write_recipe(recipe.to_yaml())
             directory.write_command(sys.argv)

@@ -55,7 +55,7 @@ def train(
 ) -> None:
     """Train a recipe, in this process or on several ranks.
 
-    Under torchrun, accelerate launch, deepspeed or srun each process joins as the rank that it was given.
+    Under torchrun, accelerate launch or deepspeed each process joins as the rank that it was given.
     """
     from dist_train.launch.accelerate import check_accelerate_environment
     from dist_train.recipe import Recipe

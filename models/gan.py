@@ -13,47 +13,58 @@ SLOPE = 0.2
 
 
 class ConvGenerator(nn.Module):
-    """Latent numbers to an image: a linear layer to S/4 x S/4, then two upsamplings by 2.
+    """Latent numbers to an image: two linear layers to S/4 x S/4, then two upsamplings by 2.
 
     No batch norm: an image depends on its own latent numbers alone, and there are no buffers.
     """
 
     def __init__(
-        self, latent_dim: int = 64, width: int = 32, channels: int = 1, image_size: int = 28
+        self,
+        latent_dim: int = 64,
+        width: int = 16,
+        hidden: int = 256,
+        channels: int = 1,
+        image_size: int = 28,
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.base = (2 * width, quarter(image_size), quarter(image_size))
-        self.project = nn.Linear(latent_dim, 2 * width * quarter(image_size) ** 2)
+        self.hidden = nn.Linear(latent_dim, hidden)
+        self.project = nn.Linear(hidden, 2 * width * quarter(image_size) ** 2)
         self.up1 = nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)
         self.up2 = nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
         initialise(self, slope=0.0)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent (B, Z), standard normal -> image (B, C, S, S) in [-1, 1]."""
-        x = F.relu(self.project(latent).view(-1, *self.base))  # (B, 2w, S/4, S/4)
+        x = F.relu(self.hidden(latent))  # (B, hidden)
+        x = F.relu(self.project(x).view(-1, *self.base))  # (B, 2w, S/4, S/4)
         x = F.relu(self.up1(x))  # (B, w, S/2, S/2)
         return self.up2(x).tanh()  # (B, C, S, S)
 
 
 class ConvCritic(nn.Module):
-    """Image to a score without bounds.
+    """Image to a score without bounds: two halvings, then two linear layers over the whole image.
 
     No batch norm: the gradient penalty is on the score of each image alone (Gulrajani, section 4).
     """
 
-    def __init__(self, width: int = 32, channels: int = 1, image_size: int = 28) -> None:
+    def __init__(
+        self, width: int = 16, hidden: int = 128, channels: int = 1, image_size: int = 28
+    ) -> None:
         super().__init__()
         self.down1 = nn.Conv2d(channels, width, 4, stride=2, padding=1)
         self.down2 = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
-        self.score = nn.Linear(2 * width * quarter(image_size) ** 2, 1)
+        self.hidden = nn.Linear(2 * width * quarter(image_size) ** 2, hidden)
+        self.score = nn.Linear(hidden, 1)
         initialise(self, slope=SLOPE)
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, C, S, S) -> score (B,)."""
         x = F.leaky_relu(self.down1(image), SLOPE)  # (B, w, S/2, S/2)
         x = F.leaky_relu(self.down2(x), SLOPE)  # (B, 2w, S/4, S/4)
-        return self.score(x.flatten(1)).squeeze(1)  # (B,)
+        x = F.leaky_relu(self.hidden(x.flatten(1)), SLOPE)  # (B, hidden)
+        return self.score(x).squeeze(1)  # (B,)
 
 
 def quarter(image_size: int) -> int:

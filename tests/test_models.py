@@ -150,20 +150,22 @@ def test_transformer_counts_the_tied_weight_once() -> None:
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
-def test_transformer_initial_scales_are_those_of_gpt2() -> None:
+def test_transformer_initial_scales_follow_the_width() -> None:
     torch.manual_seed(0)
     model = Transformer(vocab_size=256, dim=128, depth=8)
     block = model.blocks[3]
+    scale = 0.5 / math.sqrt(128)
     for weight, std in [
-        (model.embedding.weight, 0.02),
-        (block.attention.query_key_value.weight, 0.02),
-        (block.attention.projection.weight, 0.02 / 4),
-        (block.contract.weight, 0.02 / 4),
+        (model.embedding.weight, scale),
+        (block.attention.query_key_value.weight, scale),
+        (block.attention.projection.weight, scale / math.sqrt(2 * 8)),
+        (block.contract.weight, scale / math.sqrt(2 * 8)),
     ]:
         assert abs(weight.std().item() / std - 1) < 0.03
     logits = model(torch.randint(0, 256, (4, 64)))
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 256, (256,)))
-    assert abs(loss.item() - math.log(256)) < 0.1
+    # Logits of standard deviation 0.5 add half their variance to the loss of a guess.
+    assert abs(loss.item() - math.log(256) - 0.125) < 0.1
 
 
 def test_transformer_drops_only_in_training() -> None:
@@ -262,7 +264,7 @@ def test_gan_signal_keeps_its_scale() -> None:
     torch.manual_seed(0)
     generator, critic = ConvGenerator(), ConvCritic()
     scales: list[float] = []
-    for module in [generator.up1, generator.up2, critic.down2, critic.score]:
+    for module in [generator.project, generator.up1, generator.up2, critic.hidden, critic.score]:
         module.register_forward_pre_hook(lambda m, given: scales.append(given[0].square().mean()))
     critic(generator(torch.randn(256, 64)))
     assert all(0.2 < scale < 2.5 for scale in scales), scales

@@ -22,8 +22,11 @@ Every hook but `logged` runs on all ranks, so a hook may use collectives as long
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from dist_train.errors import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,10 +39,25 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """What is not fetch, backward or step. Override the hooks you need; a method that is no hook is an error."""
+    """What is not fetch, backward or step. Override the hooks you need.
+
+    A public method that takes a `run` but is no hook is refused when the class is made: it would never be called.
+    """
 
     priority = 50
     """Callbacks run in the order of this number, low first; 80 writes the row, 90 saves the checkpoint."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name, method in vars(cls).items():
+            if name.startswith("_") or hasattr(Callback, name) or not inspect.isfunction(method):
+                continue
+            if "run" in inspect.signature(method).parameters:
+                hooks = [hook for hook in vars(Callback) if not hook.startswith("_")]
+                raise TypeError(
+                    f"{cls.__name__}.{name}: there is no such hook{nearest(name, hooks)}"
+                    " (begin its name with _ if you call it yourself)"
+                )
 
     def configure(self, recipe: Recipe) -> None: ...
     def run_begins(self, run: Trainer) -> None: ...

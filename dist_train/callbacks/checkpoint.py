@@ -17,20 +17,19 @@ class CheckpointCallback(Callback):
     """Save every so often, at the end, and at each new best; keep the last few and the best.
 
     Args:
-        every: "500 steps", "1 epoch", ...; None saves only the best and the end.
+        every: "500 steps", "1 epoch", ...; besides, the end and each new best are always saved.
         keep: how many of the newest to keep. An old one goes only after a newer one is whole on disk.
     """
 
     priority = 90
 
-    def __init__(self, every: str | None = "1 epoch", keep: int = 2) -> None:
+    def __init__(self, every: str = "1 epoch", keep: int = 2) -> None:
         if keep < 1:
             raise UserError(f"checkpoint: keep must be at least 1, got {keep}")
         self.every, self.keep = every, keep
 
     def step_ends(self, run: Trainer) -> None:
-        due = self.every is not None and run.every(self.every)
-        if due or run.is_last or run.best.get("step") == run.step:
+        if run.every(self.every) or run.is_last or run.best.get("step") == run.step:
             run.save()
             if run.world.is_main:
                 self._prune(run)

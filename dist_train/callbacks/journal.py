@@ -25,7 +25,6 @@ class Journal(Callback):
     def run_begins(self, run: Trainer) -> None:
         self.window = self.last = time.perf_counter()
         self.window_step = run.step
-        self.tokens = 0.0
         run.data_wait = 0.0
 
     def step_ends(self, run: Trainer) -> None:
@@ -50,6 +49,7 @@ class Journal(Callback):
                 for player, engine in run.engines.items()
             },
             "samples_per_second": round(rate * run.global_batch, 3),
+            **self._tokens(run, rate),
             "data_wait": round(min(1.0, run.data_wait / elapsed), 4),
             "memory_mb": round(peak_memory(run.world.device) / 2**20, 1),
             **run.row,
@@ -59,6 +59,14 @@ class Journal(Callback):
         if run.world.is_main:
             run.directory.append_row(row)
             run.callbacks.call("logged", run, row)
+
+    @staticmethod
+    def _tokens(run: Trainer, steps_per_second: float) -> dict[str, float]:
+        """Tokens a second, at the mean tokens of a sample, where samples have tokens."""
+        if run.tokens_per_epoch is None:
+            return {}
+        tokens_per_step = run.global_batch * run.tokens_per_epoch / run.samples_per_epoch
+        return {"tokens_per_second": round(steps_per_second * tokens_per_step, 1)}
 
 
 def peak_memory(device: str) -> int:

@@ -1,0 +1,689 @@
+"""Small networks with known answers, and what ranks measure on them. Ranks import this file by name.
+
+A check is a function `(world, strategy) -> JSON`: the same function runs in one process under `single` and on two
+ranks under everything else, and the tests compare what it returns with plain torch (`plain_*`) or a closed form.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cases
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_train import checkpoint, engine, run
+from dist_train.callbacks import Callback
+from dist_train.engine import Engine, Slice, make_engine
+from dist_train.errors import UserError
+from dist_train.networks import Player
+from dist_train.optimizers import parameter_groups
+from dist_train.recipe import Recipe
+from dist_train.world import World, pin_threads
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent")
+"""`zero3` shards every tensor, `zero3-persistent` keeps small ones whole, as it does by default."""
+STEPS = 5
+MICRO_BATCHES = 4  # of a global batch
+NORMS: list[float | None] = [0.05, 100.0, 0.2, None, 0.01]
+VALUES: list[float | None] = [0.01, 100.0, 0.003, None, 0.02]
+RATE, MOMENTUM = 0.1, 0.9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks and data
+
+
+def mlp() -> nn.Module:
+    """Of odd sizes, so that the borders between ranks fall inside tensors."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def normalised() -> nn.Module:
+    """With running statistics, and no bias whose true gradient is 0."""
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.BatchNorm1d(7), nn.Linear(7, 3))
+
+
+def spectral() -> nn.Module:
+    """A spectral norm far from its fixed point, so that each power iteration can be seen."""
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 7)), nn.Linear(7, 3))
+    with torch.no_grad():
+        norm = net[0].parametrizations.weight[0]
+        norm._u.copy_(F.normalize(torch.randn(7), dim=0))
+        norm._v.copy_(F.normalize(torch.randn(5), dim=0))
+    return net
+
+
+class Tied(nn.Module):
+    """The output layer is the transposed embedding; both names are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.table = nn.Linear(5, 6, bias=False)
+        self.middle = nn.Linear(6, 5)
+        self.out = nn.Linear(5, 6, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.middle(torch.tanh(self.table(x)))))
+
+
+class Scaled(nn.Module):
+    """Two blocks that hold one and the same buffer, as blocks share a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+        scale = torch.linspace(0.5, 1.5, 5)
+        self.first.register_buffer("scale", scale)
+        self.second.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x * self.first.scale))
+        return self.second(x * self.second.scale)
+
+
+class Branches(nn.Module):
+    """Parameters that no forward uses, and two branches of which an input picks one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.unused = nn.Linear(9, 4)
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.idle = nn.Parameter(torch.randn(11))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, branch: str = "both") -> Tensor:
+        hidden = {"a": self.a, "b": self.b, "both": lambda x: self.a(x) + self.b(x)}[branch](x)
+        return self.head(torch.tanh(hidden))
+
+
+def batches(count: int = STEPS, classes: int = 3) -> list[tuple[Tensor, Tensor]]:
+    """Global batches of 16: x (16, 5), y (16,)."""
+    random = torch.Generator().manual_seed(11)
+    return [
+        (
+            2 * torch.randn(16, 5, generator=random),
+            torch.randint(classes, (16,), generator=random),
+        )
+        for _ in range(count)
+    ]
+
+
+def penalty(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A loss whose gradient needs a double backward."""
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return ((slope.norm(dim=1) - 1) ** 2).mean()
+
+
+def sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=RATE, momentum=MOMENTUM)
+
+
+def adamw(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def one_group(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    return [{"params": [p for _, p in named]}]
+
+
+def engine_of(
+    strategy: str,
+    world: World,
+    module: nn.Module,
+    make: Callable[[Any], torch.optim.Optimizer] = sgd,
+    *,
+    groups: Any = one_group,
+    given: bool = False,
+    precision: str = "fp32",
+) -> Engine:
+    """An engine over one network, `net`, that takes its share of MICRO_BATCHES in a turn."""
+    spec: dict[str, Any] = {"name": strategy.partition("-")[0]}
+    if strategy == "zero3":
+        spec["persistence_threshold"] = 0
+    player = Player({"net": module.train()}, precision, world.device.partition(":")[0])
+    micro_batches = MICRO_BATCHES // world.size
+    return make_engine(spec, player, groups, make, world, given=given, micro_batches=micro_batches)
+
+
+def accumulate(
+    engine: Engine, x: Tensor, y: Tensor, loss: Any = None, forward: Any = None
+) -> float:
+    """Forward, backward and reduction of a global batch; returns its loss."""
+    world = engine.world
+    x, y = x.to(world.device), y.to(world.device)
+    share = MICRO_BATCHES // world.size
+    mine = range(world.rank * share, (world.rank + 1) * share)
+    engine.begin_turn()
+    total = torch.zeros((), device=world.device)
+    for i in mine:
+        part_x, part_y = x.chunk(MICRO_BATCHES)[i], y.chunk(MICRO_BATCHES)[i]
+        net = forward or engine.own("net")
+        value = loss(net, part_x) if loss else F.cross_entropy(net(part_x), part_y)
+        value = value * len(part_x) / len(x)
+        engine.backward(value, last=i == mine[-1])
+        total += value.detach()
+    engine.reduce()
+    return float(world.sum_(total))
+
+
+def numbers(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """JSON of tensors, under the names that they have in the network itself."""
+    return {
+        name.removeprefix("net."): tensor.detach().double().cpu().tolist()
+        for name, tensor in tensors.items()
+    }
+
+
+def plain_gradients(
+    module: nn.Module, x: Tensor, y: Tensor, loss: Any = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a global batch as one process has them, micro-batch after micro-batch."""
+    module.zero_grad()
+    total = 0.0
+    for part_x, part_y in zip(x.chunk(MICRO_BATCHES), y.chunk(MICRO_BATCHES), strict=True):
+        value = loss(module, part_x) if loss else F.cross_entropy(module(part_x), part_y)
+        (value * len(part_x) / len(x)).backward()
+        total += float(value.detach()) * len(part_x) / len(x)
+    return total, {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of one engine
+
+
+def clip_by(world: World, strategy: str, kind: str, given: bool) -> dict[str, Any]:
+    """STEPS turns under a bound that changes each turn."""
+    e = engine_of(strategy, world, mlp(), given=given)
+    norms, own_norms = [], []
+    for (x, y), norm, value in zip(batches(), NORMS, VALUES, strict=True):
+        accumulate(e, x, y)
+        gradients = e.full_gradients()
+        own_norms.append(float(torch.stack([g.norm() for g in gradients.values()]).norm()))
+        e.clip(**({"norm": norm} if kind == "norm" else {"value": value}))
+        e.step()
+        norms.append(float(e.norm))
+    return {"weights": numbers(e.full_weights()), "norms": norms, "own_norms": own_norms}
+
+
+def plain_clip(kind: str) -> dict[str, Any]:
+    """The same by torch's own functions on whole gradients."""
+    module = mlp()
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=MOMENTUM)
+    norms = []
+    for (x, y), norm, value in zip(batches(), NORMS, VALUES, strict=True):
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        bound = norm if kind == "norm" and norm is not None else float("inf")
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), bound)))
+        if kind == "value" and value is not None:
+            nn.utils.clip_grad_value_(module.parameters(), value)
+        optimizer.step()
+    return {"weights": numbers(module.state_dict()), "norms": norms}
+
+
+def project(world: World, strategy: str) -> dict[str, Any]:
+    """Two turns, the weights clamped, what the live network, a frozen view and an evaluation see, one more turn."""
+    e = engine_of(strategy, world, mlp())
+    *first, (x, y) = batches(3)
+    for pair in first:
+        accumulate(e, *pair)
+        e.step()
+    e.project(lambda weights: weights.clamp_(-0.1, 0.1))
+    found = {"clamped": numbers(e.full_weights())}
+    x = x.to(world.device)
+    with torch.no_grad():
+        views = {
+            "live": e.own("net")(x),
+            "frozen": e.frozen("net")(x),
+            "evaluated": e.evaluated("net")(x),
+        }
+    found |= numbers(views)
+    accumulate(e, x, y)
+    e.step()
+    return found | {"after": numbers(e.full_weights())}
+
+
+def plain_project() -> dict[str, Any]:
+    module = mlp()
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=MOMENTUM)
+    *first, (x, y) = batches(3)
+
+    def update(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+
+    for pair in first:
+        update(*pair)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.clamp_(-0.1, 0.1)
+        found = {
+            "clamped": numbers(module.state_dict()),
+            "live": module(x).double().tolist(),
+        }
+    update(x, y)
+    return found | {"after": numbers(module.state_dict())}
+
+
+def learning_rates(world: World, strategy: str) -> dict[str, Any]:
+    """Two players with rates of their own and biases at twice the rate: how far each weight moved, over its gradient."""
+
+    def groups(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        weights = [p for n, p in named if n.endswith("weight")]
+        biases = [p for n, p in named if n.endswith("bias")]
+        return [{"params": weights}, {"params": biases, "scale": 2.0}]
+
+    players = {
+        name: engine_of(
+            strategy, world, mlp(), lambda groups: torch.optim.SGD(groups, lr=RATE), groups=groups
+        )
+        for name in ("generator", "critic")
+    }
+    players["generator"].set_learning_rate(0.25)
+    players["critic"].set_learning_rate(0.5)
+    (batch,) = batches(1)
+    found = {}
+    for name, e in players.items():
+        before = e.full_weights()
+        accumulate(e, *batch)
+        gradients = e.full_gradients()
+        e.step()
+        after = e.full_weights()
+        found[name] = {
+            key: float(((before[key] - after[key]) * g).sum() / (g * g).sum())
+            for key, g in gradients.items()
+        }
+    return found
+
+
+def slices(world: World, strategy: str) -> dict[str, Any]:
+    """Every rank's (start, stop, replicated) of every tensor, and the shapes."""
+    e = engine_of(strategy, world, normalised(), adamw, groups=parameter_groups)
+    mine = [[n, s.start, s.stop, s.replicated, list(s.shape)] for n, s in e.slices()]
+    return {"ranks": world.gather(mine)}
+
+
+def publish(world: World, strategy: str) -> dict[str, Any]:
+    """Weights written through the slices: what the live network makes of them."""
+    e = engine_of(strategy, world, mlp())
+    (x, y), *_ = batches(1)
+    accumulate(e, x, y)
+    e.step()
+    target = published()
+    for part in e.weights:
+        whole = target[part.name.removeprefix("net.")].flatten()
+        part.tensor.copy_(whole[part.start : part.stop])
+    e.publish()
+    live = e.own("net")(x.to(world.device))
+    return {"live": live.double().tolist(), "weights": numbers(e.full_weights())}
+
+
+def published() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(12)
+    return {n: torch.randn(t.shape, generator=random) for n, t in mlp().state_dict().items()}
+
+
+def double_backward(world: World, strategy: str) -> dict[str, Any]:
+    """A gradient penalty on a player whose gradients are streamed, and on one whose are given."""
+    (x, y), *_ = batches(1)
+    e = engine_of(strategy, world, mlp(), given=True)
+    loss = accumulate(e, x, y, loss=penalty)
+    gradients = numbers(e.full_gradients())
+    streamed = engine_of(strategy, world, mlp())
+    streamed.begin_turn()
+    try:
+        penalty(streamed.own("net"), x.to(world.device))
+    except UserError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    return {"refusal": refusal, "loss": loss, "gradients": gradients}
+
+
+def frozen(world: World, strategy: str) -> dict[str, Any]:
+    """The generator's turn through the frozen critic, then the critic's own turn."""
+    torch.manual_seed(9)
+    generator = engine_of(strategy, world, nn.Sequential(nn.Linear(5, 6), nn.Tanh()))
+    critic = engine_of(strategy, world, frozen_critic())
+    before = {name: buffer.clone() for name, buffer in critic.buffers.items()}
+    x, y = batches(1)[0]
+    critic.begin_turn()
+    accumulate(generator, x, y, loss=lambda net, x: towards(critic.frozen("net")(net(x))))
+    untouched = all(torch.equal(before[n], b) for n, b in critic.buffers.items())
+    polluted = [
+        n for n, p in critic.trained.items() if p.grad is not None and p.grad.abs().max() > 0
+    ]
+    gradients = numbers(generator.full_gradients())
+    generator.step()
+    view = generator.frozen("net")
+    accumulate(critic, x, y, loss=lambda net, x: net(view(x).detach()).square().mean())
+    return {
+        "buffers_untouched": untouched,
+        "polluted": polluted,
+        "generator": gradients,
+        "critic": numbers(critic.full_gradients()),
+    }
+
+
+def towards(score: Tensor) -> Tensor:
+    """Not linear: the mean of what a batch norm puts out has no gradient."""
+    return (score - score.new_tensor([1.0, -2.0, 0.5, 3.0])[:, None]).square().mean()
+
+
+def frozen_critic() -> nn.Module:
+    torch.manual_seed(10)
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def plain_frozen() -> dict[str, Any]:
+    torch.manual_seed(9)
+    generator, critic = nn.Sequential(nn.Linear(5, 6), nn.Tanh()), frozen_critic()
+    x, y = batches(1)[0]
+    _, of_generator = plain_gradients(generator, x, y, lambda net, x: towards(critic(net(x))))
+    torch.optim.SGD(generator.parameters(), lr=RATE).step()
+    _, of_critic = plain_gradients(
+        critic, x, y, lambda net, x: net(generator(x).detach()).square().mean()
+    )
+    return {"generator": numbers(of_generator), "critic": numbers(of_critic)}
+
+
+def buffers(world: World, strategy: str, kind: str, given: bool) -> dict[str, Any]:
+    """The buffers, and the weights before it, of each of two turns of MICRO_BATCHES micro-batches."""
+    e = engine_of(strategy, world, {"norm": normalised, "spectral": spectral}[kind](), given=given)
+    found = []
+    for x, y in batches(2):
+        before = numbers(e.full_weights())
+        accumulate(e, x, y)
+        e.step()
+        found.append({"before": before, "after": numbers(e.full_weights())})
+    return {"turns": found}
+
+
+def tied(world: World, strategy: str, given: bool) -> dict[str, Any]:
+    """Three turns of a network with one parameter under two names, and what its views see."""
+    e = engine_of(strategy, world, Tied(), given=given)
+    for x, y in batches(3, classes=6):
+        accumulate(e, x, y)
+        e.step()
+    x = batches(1)[0][0].to(world.device)
+    views = {
+        "frozen": e.frozen("net")(x),
+        "evaluated": e.evaluated("net")(x),
+        "own": e.own("net")(x),
+    }
+    return {**numbers(views), "weights": numbers(e.full_weights())}
+
+
+def plain_tied() -> dict[str, Any]:
+    module = Tied()
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE, momentum=MOMENTUM)
+    for x, y in batches(3, classes=6):
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    out = module(batches(1)[0][0]).double().tolist()
+    return {"out": out, "weights": numbers(dict(module.named_parameters()))}
+
+
+def shared_buffer(world: World, strategy: str) -> dict[str, Any]:
+    """What a view makes of a network whose blocks share a buffer."""
+    e = engine_of(strategy, world, Scaled())
+    x = batches(1)[0][0].to(world.device)
+    return numbers({"frozen": e.frozen("net")(x), "own": e.own("net")(x)})
+
+
+def unused(world: World, strategy: str) -> dict[str, Any]:
+    """Three turns with parameters that get no gradient, the gradients in buckets of 64 bytes."""
+    kept, engine.BUCKET_BYTES = engine.BUCKET_BYTES, 64
+    launched: list[int] = []
+    launch = engine.Buckets._launch
+
+    def noted(self: Any) -> None:
+        launched.append(self.flat[len(self.work)].numel())
+        launch(self)
+
+    engine.Buckets._launch = noted  # type: ignore[method-assign]
+    try:
+        e = engine_of(strategy, world, Branches(), lambda g: torch.optim.AdamW(g, lr=1e-2))
+        gradients = []
+        for x, y in batches(3):
+            accumulate(e, x, y)
+            gradients.append(numbers(e.full_gradients()))
+            e.step()
+    finally:
+        engine.BUCKET_BYTES, engine.Buckets._launch = kept, launch  # type: ignore[method-assign]
+    return {
+        "gradients": gradients,
+        "weights": numbers(e.full_weights()),
+        "launched": world.gather(launched),
+    }
+
+
+def plain_unused() -> dict[str, Any]:
+    module = Branches()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    gradients = []
+    for x, y in batches(3):
+        _, found = plain_gradients(module, x, y)
+        gradients.append(numbers(found))
+        for name, p in module.named_parameters():  # ours count as 0, torch leaves them out
+            p.grad = found[name]
+        optimizer.step()
+    return {"gradients": gradients, "weights": numbers(module.state_dict())}
+
+
+def branches(world: World, strategy: str) -> dict[str, Any]:
+    """One turn in which each micro-batch takes its own branch, so that ranks use different parameters."""
+    kept, engine.BUCKET_BYTES = engine.BUCKET_BYTES, 64
+    try:
+        e = engine_of(strategy, world, Branches())
+    finally:
+        engine.BUCKET_BYTES = kept
+    x, y = batches(1)[0]
+    accumulate(e, x, y, loss=branch_loss)
+    return {"gradients": numbers(e.full_gradients())}
+
+
+def branch_loss(net: Any, x: Tensor) -> Tensor:
+    """The first half of the batch goes through `a`, the second through `b`."""
+    first_half = any(torch.equal(x.cpu(), part) for part in batches(1)[0][0].chunk(4)[:2])
+    return net(x, "a" if first_half else "b").square().mean()
+
+
+def bf16(world: World, strategy: str) -> dict[str, Any]:
+    """Loss and gradients of one classification step under autocast, and in fp32."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        e = engine_of(strategy, world, mlp(), precision=precision)
+        loss = accumulate(e, *batches(1)[0])
+        found[precision] = {"loss": loss, "gradients": numbers(e.full_gradients())}
+        e.step()
+        found[precision]["weights"] = numbers(e.full_weights())
+    return found
+
+
+CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
+    "clip-norm-streamed": lambda w, s: clip_by(w, s, "norm", False),
+    "clip-norm-given": lambda w, s: clip_by(w, s, "norm", True),
+    "clip-value-streamed": lambda w, s: clip_by(w, s, "value", False),
+    "clip-value-given": lambda w, s: clip_by(w, s, "value", True),
+    "project": project,
+    "learning-rates": learning_rates,
+    "slices": slices,
+    "publish": publish,
+    "double-backward": double_backward,
+    "frozen": frozen,
+    "norm-streamed": lambda w, s: buffers(w, s, "norm", False),
+    "norm-given": lambda w, s: buffers(w, s, "norm", True),
+    "spectral-streamed": lambda w, s: buffers(w, s, "spectral", False),
+    "spectral-given": lambda w, s: buffers(w, s, "spectral", True),
+    "tied-streamed": lambda w, s: tied(w, s, False),
+    "tied-given": lambda w, s: tied(w, s, True),
+    "shared-buffer": shared_buffer,
+    "unused": unused,
+    "branches": branches,
+    "bf16": bf16,
+}
+
+
+KEPT_WHOLE = ("project", "slices", "publish", "frozen", "clip-norm-given")
+"""What could differ where ZeRO-3 keeps small tensors whole."""
+
+
+def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
+    """{check: {strategy: what it found, or {"error": traceback}}}."""
+    found: dict[str, Any] = {check: {} for check in CHECKS}
+    for strategy in strategies:
+        for check, function in CHECKS.items():
+            if strategy == "zero3-persistent" and check not in KEPT_WHOLE:
+                continue
+            if check == "branches" and strategy.startswith("zero"):
+                continue  # DeepSpeed needs every rank to use the same parameters
+            try:
+                found[check][strategy] = function(world, strategy)
+            except Exception:
+                found[check][strategy] = {"error": traceback.format_exc()}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State that moves between strategies and numbers of ranks
+
+
+def trained_engine(world: World, strategy: str) -> Engine:
+    """Three turns of AdamW with decayed and undecayed groups, and running statistics."""
+    e = engine_of(strategy, world, normalised(), adamw, groups=decaying)
+    for x, y in batches(4)[:3]:
+        accumulate(e, x, y)
+        e.step()
+    return e
+
+
+def decaying(named: Any) -> Any:
+    return parameter_groups(named, 0.1)
+
+
+def save_engine(e: Engine, folder: Path) -> None:
+    """As the trainer does: replicated slices are shared out over the ranks."""
+    pairs = list(e.slices())
+    shared = [pair for pair in pairs if pair[1].replicated]
+    mine = [pair for pair in pairs if not pair[1].replicated]
+    mine += shared[e.world.rank :: e.world.size]
+    checkpoint.save(folder, 3, mine, {"steps": e.optimizer_steps()}, e.world)
+
+
+def load_engine(e: Engine, folder: Path) -> None:
+    reader = checkpoint.Reader(checkpoint.at(folder, 3))
+    for name, part in e.slices():
+        reader.fill(name, part)
+    e.set_optimizer_steps(reader.values["steps"])
+    e.publish()
+
+
+def save_all(world: World, strategies: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """Train under each strategy, save, and tell what a forward gave."""
+    found = {}
+    x = batches(1)[0][0].to(world.device)
+    for strategy in strategies:
+        e = trained_engine(world, strategy)
+        save_engine(e, folder / f"{strategy}-{world.size}")
+        found[f"{strategy}-{world.size}"] = e.evaluated("net")(x).double().tolist()
+    return found
+
+
+def load_all(
+    world: World, sources: list[str], strategies: tuple[str, ...], folder: Path
+) -> dict[str, Any]:
+    """Load every source under every strategy, save it again, and take one more turn."""
+    found = {}
+    *_, (x, y) = batches(4)
+    for strategy in strategies:
+        e = engine_of(strategy, world, normalised(), adamw, groups=decaying)
+        for source in sources:
+            for _, part in e.slices():  # nothing of what was there may remain
+                part.tensor.fill_(float("nan") if part.tensor.is_floating_point() else -1)
+            load_engine(e, folder / source)
+            again = folder / f"{source}-{strategy}-{world.size}"
+            save_engine(e, again)
+            evaluated = e.evaluated("net")(batches(1)[0][0].to(world.device)).double().tolist()
+            steps = e.optimizer_steps()
+            accumulate(e, x, y)
+            e.step()
+            found[f"{source} -> {strategy}-{world.size}"] = {
+                "folder": str(again),
+                "steps": steps,
+                "evaluated": evaluated,
+                "after": numbers(e.full_weights()),
+            }
+    return found
+
+
+def plain_adamw(steps: int) -> dict[str, Any]:
+    module = normalised()
+    named = list(module.named_parameters())
+    optimizer = adamw(parameter_groups(named, 0.1))
+    for x, y in batches(4)[:steps]:
+        _, gradients = plain_gradients(module, x, y)
+        for name, p in named:
+            p.grad = gradients[name]
+        optimizer.step()
+    return numbers(dict(named))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ranks run
+
+
+def two_ranks(folder: str, extensions: str) -> dict[str, Any]:
+    """Everything that test_engine.py wants to know of two ranks."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    found = run_checks(world, STRATEGIES)
+    try:
+        state = {"saved": save_all(world, STRATEGIES, Path(folder))}
+        sources = [*state["saved"], "single-1"]
+        state["loaded"] = load_all(world, sources, STRATEGIES, Path(folder))
+    except Exception:
+        state = {"error": traceback.format_exc()}
+    import deepspeed
+
+    switch = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+    built = [str(path) for path in Path(extensions).rglob("*")]
+    accelerator = deepspeed.get_accelerator().device_name()
+    world.leave()
+    return {
+        "checks": found,
+        "state": state,
+        "switch": switch,
+        "built": built,
+        "accelerator": accelerator,
+    }
+
+
+def one_rank(sources: list[str], folder: str) -> dict[str, Any]:
+    """What two ranks saved, loaded by one."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    found = load_all(world, sources, ("single", *STRATEGIES), Path(folder))
+    world.leave()
+    return found
