@@ -333,6 +333,34 @@ def references(models: list[str], counts: list[int], data: str, folder: str) -> 
     return found
 
 
+class Doubled:
+    """Batches with every float tensor in float64."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def from_(self, step: int, stop: int) -> Iterator[tuple[int, list[Any]]]:
+        for now, batch in self.batches.from_(step, stop):
+            yield now, [m._map(lambda t: t.double() if t.is_floating_point() else t) for m in batch]
+
+
+def in_float64(name: str, data: str, folder: str) -> dict[str, list[float]]:
+    """The losses of STEPS steps in float64, by model, under one strategy in this world."""
+    world = World.join()
+    torch.set_default_dtype(torch.float64)
+    found = {}
+    for model in MODELS:
+        recipe = tiny_recipe(model, data, strategy=name).set("callbacks.checkpoint", None)
+        with trainer_of(recipe, world, Path(folder) / f"{name}-{model}") as trainer:
+            trainer.data = Doubled(trainer.data)
+            kept = Losses()
+            trainer.callbacks.by_name["losses"] = kept
+            trainer.train()
+        found[model] = kept.losses
+    world.leave()
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs that are killed and brought back
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dist_train import checkpoint, engine, run
 from dist_train.callbacks import Callback
-from dist_train.engine import Engine, Slice, make_engine
+from dist_train.engine import Engine, make_engine
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.optimizers import parameter_groups
@@ -452,6 +452,27 @@ def shared_buffer(world: World, strategy: str) -> dict[str, Any]:
     return numbers({"frozen": e.frozen("net")(x), "own": e.own("net")(x)})
 
 
+def partly_trained(world: World, strategy: str) -> dict[str, Any]:
+    """Two turns of a network whose first layer is not trained."""
+    module = mlp()
+    module[0].requires_grad_(False)
+    e = engine_of(strategy, world, module)
+    for x, y in batches(2):
+        accumulate(e, x, y)
+        e.step()
+    return {"weights": numbers(e.full_weights()), "trained": sorted(e.trained)}
+
+
+def plain_partly_trained() -> dict[str, Any]:
+    module = mlp()
+    optimizer = torch.optim.SGD(module[2].parameters(), lr=RATE, momentum=MOMENTUM)
+    for x, y in batches(2):
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    return numbers(module.state_dict())
+
+
 def unused(world: World, strategy: str) -> dict[str, Any]:
     """Three turns with parameters that get no gradient, the gradients in buckets of 64 bytes."""
     kept, engine.BUCKET_BYTES = engine.BUCKET_BYTES, 64
@@ -540,6 +561,7 @@ CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
     "tied-streamed": lambda w, s: tied(w, s, False),
     "tied-given": lambda w, s: tied(w, s, True),
     "shared-buffer": shared_buffer,
+    "partly-trained": partly_trained,
     "unused": unused,
     "branches": branches,
     "bf16": bf16,
@@ -562,7 +584,7 @@ def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
             try:
                 found[check][strategy] = function(world, strategy)
             except Exception:
-                found[check][strategy] = {"error": traceback.format_exc()}
+                found[check][strategy] = {"error": traceback.format_exc(limit=-3)}
     return found
 
 
@@ -687,3 +709,211 @@ def one_rank(sources: list[str], folder: str) -> dict[str, Any]:
     found = load_all(world, sources, ("single", *STRATEGIES), Path(folder))
     world.leave()
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What test_world.py starts
+
+
+def talk() -> dict[str, Any]:
+    """Every way in which ranks tell each other something."""
+    world = World.join()
+    numbers = torch.tensor([1.0, 10.0]) * (world.rank + 1)
+    gathered = world.gather({"rank": world.rank, "text": "\u00e9" * (100 * world.rank), "none": None})
+    found = {
+        "place": [world.rank, world.size, world.local_rank, world.local_size, world.is_main],
+        "gathered": gathered,
+        "agreed": world.agree(["rank", world.rank]),
+        "sum": world.sum_(numbers.clone()).tolist(),
+        "broadcast": world.broadcast_(numbers.clone(), source=2).tolist(),
+        "floats": world.gather([0.1 + world.rank, float("inf")]),
+    }
+    world.barrier()
+    world.leave()
+    return found
+
+
+def fall(how: str, rank: int, folder: str, others: str) -> None:
+    """All ranks are there, then one of them fails while the others wait, in a collective or by themselves."""
+    world = World.join()
+    (Path(folder) / f"pid-{world.rank}").write_text(str(os.getpid()))
+    world.barrier()
+    if world.rank == rank:
+        if how == "error":
+            raise ValueError(f"planted in rank {rank}")
+        if how == "user error":
+            raise UserError(f"optimizer.rate: planted in rank {rank}")
+        if how == "exit":
+            os._exit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if others == "in a collective":
+        world.barrier()
+    threading.Event().wait()
+
+
+def hang(fifo: str) -> None:
+    """Tell that this rank is there, and never return."""
+    with open(fifo, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    threading.Event().wait()
+
+
+def hang_all(ranks: int, fifo: str) -> None:
+    """A process that starts ranks which never return."""
+    from dist_train.world import start_ranks
+
+    start_ranks(ranks, hang, fifo)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts and runs of test_callbacks.py
+
+
+class Planned:
+    """A metric whose successive evaluations give these values, however the model does."""
+
+    values: tuple[float, ...] = (0.5, 0.3, 0.4, 0.35, 0.1, 0.2)
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, outputs: Any, micro: Any) -> tuple[float, float]:
+        self.asked += 1  # one micro-batch a rank holds the whole split, or nothing of it
+        return self.values[(self.asked - 1) % len(self.values)] * micro.real, micro.real
+
+
+class Never(Planned):
+    values = (float("nan"),)
+
+
+class Weights(Callback):
+    """Keeps the whole weights and buffers of every player: at the start, and after each of its turns."""
+
+    priority = 15  # before the average is taken, as it is from the same weights
+
+    def __init__(self) -> None:
+        self.after: dict[str, list[dict[str, Tensor]]] = {}
+
+    def run_begins(self, run: Any) -> None:
+        self.after = {player: [run.full_weights(player)] for player in run.engines}
+
+    def step_ends(self, run: Any) -> None:
+        for player in run.losses:
+            self.after[player].append(run.full_weights(player))
+
+
+class Ids(Callback):
+    """Keeps the ids that count in each evaluation."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def evaluation_batch(self, run: Any, outputs: Any, micro: Any) -> None:
+        self.ids += micro.ids[: micro.real].tolist()
+
+
+def pack_few(folder: Path) -> None:
+    """`folder/few`: 24 images to train on, 2 to evaluate on."""
+    from sklearn.datasets import load_digits
+
+    from dist_train.data_shards.write import write_shards
+
+    digits = load_digits()
+
+    def images() -> Iterator[Any]:
+        for i in range(26):
+            image = (digits.images[i] * 15).astype("uint8")
+            sample = {"image.npy": image, "cls": int(digits.target[i])}
+            yield "test" if i < 2 else "train", f"{i:05d}", sample
+
+    write_shards(folder / "few", "few", images(), shard_size=13, classes=list("0123456789"))
+
+
+def stopping_recipe(data: str, metric: str = "Planned", **settings: Any) -> Recipe:
+    """Evaluated every 2 steps, a new best at step 4, stopped at step 8."""
+    evaluate = {
+        "split": "test",
+        "every": "2 steps",
+        "metrics": [f"engine_cases:{metric}"],
+        "best": f"engine_cases:{metric}",
+        "mode": "min",
+        "micro_batch": 60,
+    }
+    recipe = cases.tiny_recipe("resnet", data, evaluate=evaluate, **settings)
+    return recipe.set("callbacks.early_stopping", {"patience": 2}).set(
+        "callbacks.checkpoint", {"every": "2 steps", "keep": 9}
+    )
+
+
+def evaluate_in(world: World, data: str, micro_batch: int, folder: Path) -> dict[str, Any]:
+    """One evaluation of the model as it is at step 0."""
+    evaluate = {
+        "split": "test",
+        "every": "1 step",
+        "metrics": ["accuracy", "loss"],
+        "micro_batch": micro_batch,
+    }
+    recipe = cases.tiny_recipe("resnet", folder, micro_batches=12, evaluate=evaluate)
+    recipe = recipe.set("data.path", data)
+    recipe = recipe.set("callbacks.ids", {"name": "engine_cases:Ids"})
+    directory = folder / f"{Path(data).name}-{world.size}"
+    with cases.trainer_of(recipe, world, directory) as trainer:
+        results = trainer.evaluate()
+        ids = [i for mine in world.gather(trainer.callback("ids").ids) for i in mine]
+    return {"results": results, "ids": sorted(ids)}
+
+
+def average_in(world: World, model: str, strategy: str, data: str, folder: Path) -> dict[str, Any]:
+    """Largest difference of the average from the one computed by hand, after 12 steps, and how far it is from live."""
+    recipe = cases.tiny_recipe(model, data, strategy=cases.strategy(strategy))
+    recipe = recipe.set("callbacks.checkpoint", None).set("callbacks.ema", {"decay": 0.5})
+    recipe = recipe.set("callbacks.weights", {"name": "engine_cases:Weights"})
+    apart = {}
+    directory = folder / f"average-{model}-{strategy}-{world.size}"
+    with cases.trainer_of(recipe, world, directory) as trainer:
+        trainer.train(until=12)
+        averages = trainer.callback("ema").weights(trainer)
+        for player, states in trainer.callback("weights").after.items():
+            expected = by_hand(states, 0.5)
+            apart[player] = {
+                "turns": len(states) - 1,
+                "from_hand": max(
+                    float((averages[player][n].double() - t).abs().max())
+                    for n, t in expected.items()
+                ),
+                "from_live": max(
+                    float((averages[player][n] - states[-1][n]).abs().max()) for n in expected
+                ),
+                "names": sorted(averages[player]) == sorted(states[-1]),
+            }
+    return apart
+
+
+def by_hand(states: list[dict[str, Tensor]], limit: float) -> dict[str, Tensor]:
+    """a <- d a + (1 - d) w with d = min(limit, (1 + t) / (10 + t)) at turn t = 0, 1, ..., in float64."""
+    average = {n: t.double() for n, t in states[0].items() if t.is_floating_point()}
+    for turn, state in enumerate(states[1:]):
+        decay = min(limit, (1 + turn) / (10 + turn))
+        average = {n: decay * a + (1 - decay) * state[n].double() for n, a in average.items()}
+    return average
+
+
+def callbacks_in_ranks(data: str, few: str, folder: str) -> dict[str, Any]:
+    """What test_callbacks.py wants to know of several ranks."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    here = Path(folder)
+    found: dict[str, Any] = {
+        "digits": evaluate_in(world, data + "/digits", 7, here),
+        "few": evaluate_in(world, few, 1, here),
+    }
+    if world.size == 2:
+        found["average"] = {
+            f"{model}-{strategy}": average_in(world, model, strategy, data, here)
+            for model, strategy in (("resnet", "zero2"), ("wgan_gp", "zero3"))
+        }
+        recipe = stopping_recipe(data, strategy="zero2")
+        found["stopped"] = run.train(recipe, run_dir=here / "stopped-2")
+    world.leave()
+    return found
+

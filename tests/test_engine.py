@@ -210,6 +210,14 @@ def test_a_buffer_under_two_names_works_in_views(found: Found, strategy: str) ->
     assert difference(result["frozen"], truth) <= EXACT
 
 
+@each
+def test_what_is_not_trained_stays(found: Found, strategy: str) -> None:
+    result = found("partly-trained", strategy)
+    assert result["trained"] == ["net.2.bias", "net.2.weight"]
+    assert difference(result["weights"], cases.plain_partly_trained()) <= EXACT
+    assert result["weights"]["0.weight"] == cases.numbers(cases.mlp().state_dict())["0.weight"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Buffers (law 11)
 

@@ -82,3 +82,13 @@ def test_planted_bugs_are_found(truth: tuple[Path, dict[str, Any]], tiny_data: P
     found = spawn_ranks(2, cases.broken_grid, BUGS, str(tiny_data), str(truth[0]), timeout=120)[0]
     for case, difference in found.items():
         assert difference["gradient"] > 1000 * STEP_LOCKED, case
+
+
+def test_float64_leaves_no_doubt(tiny_data: Path, tmp_path: Path) -> None:
+    """In float64 20 free steps of two ranks under ddp are those of one process to 1e-10."""
+    one = spawn_ranks(1, cases.in_float64, "single", str(tiny_data), str(tmp_path), timeout=60)[0]
+    two = spawn_ranks(2, cases.in_float64, "ddp", str(tiny_data), str(tmp_path), timeout=60)[0]
+    for model in cases.MODELS:
+        found = largest(one[model], two[model])
+        print(f"{model}: largest relative difference of a loss {found:.1e}")
+        assert found <= 1e-10, model

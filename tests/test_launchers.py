@@ -1,0 +1,58 @@
+"""The same run, whoever starts its ranks: ours, torchrun, accelerate launch; and one process without a launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+
+from dist_train.testing import assert_same_run
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "dist_train"],
+    "accelerate": [
+        *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--main_process_port", "0", "-m", "dist_train"),
+    ],
+}
+
+
+def start(command: list[str], recipe: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    line = [*command, "train", str(recipe), "--run-dir", str(run_dir), *more]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe file, and the run that `train --ranks 2` made of it."""
+    folder = tmp_path_factory.mktemp("launchers")
+    recipe = folder / "tiny.yaml"
+    plan = cases.tiny_recipe("wgan_gp", tiny_data, strategy="zero2", duration="6 steps")
+    recipe.write_text(plan.set("callbacks.trace", {"name": "dist_train.testing:Trace"}).to_yaml())
+    done = start([sys.executable, "-m", "dist_train"], recipe, folder / "ours", "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    return recipe, folder / "ours"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_make_the_same_run(ours: tuple[Path, Path], tmp_path: Path, launcher: str) -> None:
+    recipe, run = ours
+    done = start(LAUNCHERS[launcher], recipe, tmp_path / launcher)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, tmp_path / launcher)
+
+
+def test_accelerate_settings_that_contradict_the_recipe_are_refused(
+    ours: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    done = start([sys.executable, "-m", "dist_train"], ours[0], tmp_path / "run")
+    assert done.returncode == 2
+    assert "ACCELERATE_MIXED_PRECISION" in done.stderr and "precision" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
