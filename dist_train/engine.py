@@ -102,10 +102,10 @@ class Engine(ABC):
         self.world, self.given = world, given
         self.player = player.to(world.device)
         self.skeleton = player.skeleton()
-        self.aliases = {_plain(n): p for n, p in player.named_parameters(remove_duplicate=False)}
         self.names = {_plain(name): p for name, p in player.named_parameters()}
         self.trained = {name: p for name, p in self.names.items() if p.requires_grad}
         self.buffers = {_plain(name): b for name, b in player.named_buffers()}
+        self._aliases = _aliases(player)
         self.evaluation_skeleton = player.skeleton().eval()
         self.norm = torch.zeros((), device=world.device)
         self._keeper = BufferKeeper(list(self.buffers.values()), world)
@@ -287,11 +287,8 @@ class Engine(ABC):
         weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> Callable[..., Any]:
-        by_identity = {id(p): name for name, p in self.names.items()}
-        tensors = {
-            f"networks.{alias}": weights[by_identity[id(p)]] for alias, p in self.aliases.items()
-        }
-        tensors.update((f"networks.{name}", buffer) for name, buffer in buffers.items())
+        by_name = {**weights, **buffers}
+        tensors = {alias: by_name[name] for alias, name in self._aliases.items()}
 
         def call(*inputs: Any) -> Any:
             return torch.func.functional_call(skeleton, tensors, (network, *inputs))
@@ -309,7 +306,7 @@ class PlainEngine(Engine):
         super().__init__(player, world, given)
         for tensor in [*self.names.values(), *self.buffers.values()]:
             world.broadcast_(tensor.data)
-        self.optimizer = make(groups(list(self.trained.items())))
+        self.optimizer: Any = make(groups(list(self.trained.items())))
         materialise(self.optimizer)
         self.weights = [
             Slice(name, tuple(p.shape), 0, p.detach().view(-1), replicated=True)
@@ -317,6 +314,9 @@ class PlainEngine(Engine):
         ]
         self.optimizer_state = _slices_of_state(self.trained, self.optimizer.state)
         self._buckets = Buckets(list(self.trained.values()), world) if world.size > 1 else None
+        self._divides_by_scale = bool(self.optimizer.defaults.get("fused")) and all(
+            p.dtype == torch.float32 for p in self.trained.values()
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -366,12 +366,19 @@ class PlainEngine(Engine):
         norms = torch._foreach_norm(self._buckets.flat if self._buckets else gradients)
         self.norm = torch.linalg.vector_norm(torch.stack(norms))
         if self._clip_norm is not None:
-            scale = (self._clip_norm / (self.norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale)
+            excess = ((self.norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+            if self._clip_value is None and self._divides_by_scale:
+                self.optimizer.grad_scale = (
+                    excess  # the fused kernel divides by it while it reads the gradients
+                )
+            else:
+                torch._foreach_div_(gradients, excess)
         if self._clip_value is not None:
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)
         self.optimizer.step()
+        if self._divides_by_scale:
+            self.optimizer.grad_scale = None
 
     def _states(self) -> Iterator[dict[str, Any]]:
         yield from self.optimizer.state.values()
@@ -716,6 +723,16 @@ def import_deepspeed() -> Any:
 
 def _plain(name: str) -> str:
     return name.removeprefix("networks.")
+
+
+def _aliases(player: Player) -> dict[str, str]:
+    """{every path to a parameter or buffer: its one name}; a tied tensor has several paths."""
+    names: dict[int, str] = {}
+    aliases = {}
+    for named in (player.named_parameters, player.named_buffers):
+        for path, tensor in named(remove_duplicate=False):
+            aliases[path] = names.setdefault(id(tensor), _plain(path))
+    return aliases
 
 
 def _slices_of_state(

@@ -51,11 +51,7 @@ class Meter:
     def _fold(self) -> None:
         numbers = [n for pairs in self._added.values() for pair in pairs for n in pair]
         on_device = [n for n in numbers if isinstance(n, Tensor)]
-        read = iter(
-            torch.stack([t.detach().double().view(()) for t in on_device]).tolist()
-            if on_device
-            else []
-        )
+        read = iter(torch.stack(on_device).double().tolist() if on_device else [])
         for name, pairs in self._added.items():
             total = self._sums.setdefault(name, [0.0, 0.0])
             for value, count in pairs:

@@ -29,6 +29,11 @@ def parameter_groups(
     order given; an empty group is left out.
     """
     decayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": weight_decay}
+    if not weight_decay:
+        named = list(named_parameters)
+        return [
+            {"params": [p for _, p in named], "names": [n for n, _ in named], "weight_decay": 0.0}
+        ]
     undecayed: dict[str, Any] = {"params": [], "names": [], "weight_decay": 0.0}
     for name, parameter in named_parameters:
         group = decayed if parameter.ndim >= 2 else undecayed

@@ -125,7 +125,8 @@ class Trainer:
                 step, batch = next(batches)
             except StopIteration:
                 return
-            batch = [micro.to(self.world.device) for micro in batch]
+            if self.world.device != "cpu":
+                batch = [micro.to(self.world.device) for micro in batch]
             self.data_wait += time.perf_counter() - asked
             yield step, batch[::-1] if self._reversed else batch
 

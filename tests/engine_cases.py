@@ -719,7 +719,9 @@ def talk() -> dict[str, Any]:
     """Every way in which ranks tell each other something."""
     world = World.join()
     numbers = torch.tensor([1.0, 10.0]) * (world.rank + 1)
-    gathered = world.gather({"rank": world.rank, "text": "\u00e9" * (100 * world.rank), "none": None})
+    gathered = world.gather(
+        {"rank": world.rank, "text": "\u00e9" * (100 * world.rank), "none": None}
+    )
     found = {
         "place": [world.rank, world.size, world.local_rank, world.local_size, world.is_main],
         "gathered": gathered,
@@ -916,4 +918,3 @@ def callbacks_in_ranks(data: str, few: str, folder: str) -> dict[str, Any]:
         found["stopped"] = run.train(recipe, run_dir=here / "stopped-2")
     world.leave()
     return found
-

@@ -113,15 +113,18 @@ def test_the_timeout_ends_hung_ranks(tmp_path: Path) -> None:
 def test_no_rank_outlives_the_one_that_started_it(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    code = f"import engine_cases\nif __name__ == '__main__': engine_cases.hang_all(2, {str(fifo)!r})"
+    code = (
+        f"import engine_cases\nif __name__ == '__main__': engine_cases.hang_all(2, {str(fifo)!r})"
+    )
     environ = {**os.environ, "PYTHONPATH": str(Path(cases.__file__).parent)}
     starter = subprocess.Popen([sys.executable, "-c", code], env=environ)
     try:
-        ranks: list[int] = []
-        with fifo.open() as file:  # ends when both have written and closed it
-            while len(ranks) < 2:
-                ranks += [int(line) for line in file]
-        handles = [os.pidfd_open(pid) for pid in ranks]
+        told, reader = b"", os.open(fifo, os.O_RDWR)  # for writing too, so that it has no end
+        while told.count(b"\n") < 2:
+            assert select.select([reader], [], [], 60)[0], "the ranks have not started"
+            told += os.read(reader, 100)
+        os.close(reader)
+        handles = [os.pidfd_open(int(pid)) for pid in told.split()]
     finally:
         starter.send_signal(signal.SIGKILL)
         starter.wait()
