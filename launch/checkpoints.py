@@ -52,12 +52,16 @@ def diff(first: Place, second: Place, as_json: Json = False) -> None:
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="live|INSTANCE", help="Whose weights (default: what evaluate uses)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write config.json, model.safetensors and a README, as the Hugging Face hub has them."""
     from dist_train.export import export as export_run
 
-    answer(as_json, lambda: export_run(run, out))
+    answer(as_json, lambda: export_run(run, out, weights))
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -286,7 +286,7 @@ def plain_project() -> dict[str, Any]:
 
 
 def learning_rates(world: World, strategy: str) -> dict[str, Any]:
-    """Two players with rates of their own and biases at twice the rate: how far each weight moved, over its gradient."""
+    """Two players at rates of their own, biases at twice the rate: how far a weight moved, over its gradient."""
 
     def groups(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         weights = [p for n, p in named if n.endswith("weight")]
@@ -513,16 +513,23 @@ def plain_unused() -> dict[str, Any]:
     return {"gradients": gradients, "weights": numbers(module.state_dict())}
 
 
-def branches(world: World, strategy: str) -> dict[str, Any]:
+def branches(world: World, strategy: str, given: bool = False) -> dict[str, Any]:
     """One turn in which each micro-batch takes its own branch, so that ranks use different parameters."""
     kept, engine.BUCKET_BYTES = engine.BUCKET_BYTES, 64
     try:
-        e = engine_of(strategy, world, Branches())
+        e = engine_of(strategy, world, Branches(), given=given)
     finally:
         engine.BUCKET_BYTES = kept
     x, y = batches(1)[0]
     accumulate(e, x, y, loss=branch_loss)
     return {"gradients": numbers(e.full_gradients())}
+
+
+def branches_alone(strategy: str, given: bool) -> dict[str, Any]:
+    """The same in ranks of its own: where DeepSpeed finds them at odds they end."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    return branches(world, strategy, given)
 
 
 def branch_loss(net: Any, x: Tensor) -> Tensor:
@@ -563,7 +570,8 @@ CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
     "shared-buffer": shared_buffer,
     "partly-trained": partly_trained,
     "unused": unused,
-    "branches": branches,
+    "branches-streamed": branches,
+    "branches-given": lambda w, s: branches(w, s, True),
     "bf16": bf16,
 }
 
@@ -579,8 +587,8 @@ def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
         for check, function in CHECKS.items():
             if strategy == "zero3-persistent" and check not in KEPT_WHOLE:
                 continue
-            if check == "branches" and strategy.startswith("zero"):
-                continue  # DeepSpeed needs every rank to use the same parameters
+            if check.startswith("branches") and strategy.startswith("zero"):
+                continue  # `branches_alone`
             try:
                 found[check][strategy] = function(world, strategy)
             except Exception:

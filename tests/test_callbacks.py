@@ -338,10 +338,10 @@ def half(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_only_spreads_a_run_may_change(tiny_data: Path, half: Path, tmp_path: Path) -> None:
-    """Strategy, threads and loader workers; and the run is the one that never ended."""
+    """Strategy and loader workers; and the run is the one that never ended."""
     whole = tmp_path / "whole"
     train(short(tiny_data), run_dir=whole)
-    spread = short(tiny_data).set("strategy", "ddp").set("data.workers", 1).set("threads", "auto")
+    spread = short(tiny_data).set("strategy", "ddp").set("data.workers", 1)
     assert train(spread, run_dir=half, resume=half)["steps"] == 6
     assert_same_run(whole, half)
 

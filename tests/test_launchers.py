@@ -14,18 +14,37 @@ from dist_train.testing import assert_same_run
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
-    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "dist_train"],
+    "torchrun": [
+        str(BIN / "torchrun"),
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dist_train",
+    ],
     "accelerate": [
-        *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *(
+            str(BIN / "accelerate"),
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+        ),
         *("--main_process_port", "0", "-m", "dist_train"),
     ],
 }
 
 
-def start(command: list[str], recipe: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def start(
+    command: list[str], recipe: Path, run_dir: Path, *more: str
+) -> subprocess.CompletedProcess[str]:
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     line = [*command, "train", str(recipe), "--run-dir", str(run_dir), *more]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        line, capture_output=True, text=True, timeout=120, env=environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +60,9 @@ def ours(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_other_launchers_make_the_same_run(ours: tuple[Path, Path], tmp_path: Path, launcher: str) -> None:
+def test_other_launchers_make_the_same_run(
+    ours: tuple[Path, Path], tmp_path: Path, launcher: str
+) -> None:
     recipe, run = ours
     done = start(LAUNCHERS[launcher], recipe, tmp_path / launcher)
     assert done.returncode == 0, done.stderr
