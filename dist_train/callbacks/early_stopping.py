@@ -38,13 +38,14 @@ class EarlyStopping(Callback):
 
     def evaluated(self, run: Trainer, results: dict[str, float]) -> None:
         self.checks = 0 if run.best.get("step") == run.step else self.checks + 1
-        if self.checks >= self.patience and run.step < run.total_steps:
-            run.stop(
-                f"{run.best['metric']} has not improved for {self.checks} evaluations:"
-                f" back to step {run.best['step']}"
-            )
-            logging.getLogger("dist_train").info(run.stopping)
-            best = checkpoint.open_whole(checkpoint.at(run.directory.checkpoints, run.best["step"]))
+        if self.checks < self.patience or run.step >= run.total_steps:
+            return
+        metric, step = run.recipe.evaluate.best, run.best.get("step")  # type: ignore[union-attr]
+        went = f"back to step {step}" if step is not None else "it was never a number"
+        run.stop(f"{metric} has not improved for {self.checks} evaluations: {went}")
+        logging.getLogger("dist_train").info(run.stopping)
+        if step is not None:
+            best = checkpoint.open_whole(checkpoint.at(run.directory.checkpoints, step))
             run.load_weights(best)
             run.load_callbacks(best)
 
