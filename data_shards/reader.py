@@ -74,7 +74,7 @@ class Shards:
             views = [self.raw(i)[name] for i in ids.tolist()]
             size = len(views[0])
             if all(len(view) == size for view in views):
-                block = np.frombuffer(b"".join(views), np.uint8).reshape(len(views), size)
+                block = np.frombuffer(bytearray().join(views), np.uint8).reshape(len(views), size)
                 first = self._decode(int(ids[0]), name, suffix, views[0])
                 start = size - first.nbytes
                 if first.flags.c_contiguous and (block[:, :start] == block[0, :start]).all():

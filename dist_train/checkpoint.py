@@ -51,8 +51,9 @@ def save(
     final = folder / f"{PREFIX}{step:08d}"
     scratch = folder / f".writing-{step:08d}"
     if world.is_main:
-        for stale in folder.glob(".writing-*"):
-            shutil.rmtree(stale)
+        for kind in ("writing", "replaced", "deleting"):  # what a killed save or deletion left
+            for stale in folder.glob(f".{kind}-*"):
+                shutil.rmtree(stale)
         scratch.mkdir(parents=True)
     world.barrier()
     faultpoint("save")
@@ -179,7 +180,7 @@ class Reader:
         pieces = []
         for file, first, end in sorted(self.tensors[name]["parts"], key=lambda part: part[1]):
             low, high = max(start, first), min(stop, end)
-            if low < high:
+            if low < high or start == stop:
                 part = self._file(file).get_slice(f"{name}@{first}")
                 pieces.append((low, part[low - first : high - first]))
         covered = sum(len(piece) for _, piece in pieces)
@@ -285,11 +286,13 @@ def diff(first: Path, second: Path) -> dict[str, Any]:
 
 def weights_digest(path: Path) -> str:
     """SHA-256 over every tensor's name and bytes, whole, in order of name: the same however it was sharded."""
+    import torch
+
     reader = Reader(resolve(path))
     digest = hashlib.sha256()
     for name in sorted(reader.tensors):
         digest.update(name.encode())
-        digest.update(reader.whole(name).contiguous().numpy().tobytes())
+        digest.update(reader.whole(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

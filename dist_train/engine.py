@@ -152,8 +152,8 @@ class Engine(ABC):
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
-    def begin_turn(self) -> None:
-        """Start a turn with no gradients and the buffers as they are."""
+    def begin_turn(self, index: int = 0) -> None:
+        """Start the step's turn number `index`, with no gradients and the buffers as they are."""
         self._keeper.begin()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -322,8 +322,8 @@ class PlainEngine(Engine):
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def begin_turn(self) -> None:
-        super().begin_turn()
+    def begin_turn(self, index: int = 0) -> None:
+        super().begin_turn(index)
         if self._buckets:
             self._buckets.clear()
         else:
@@ -493,6 +493,14 @@ class ZeroEngine(Engine):
         )
         self.zero = self.engine.optimizer
         self._sum: list[Tensor | None] | None = None
+        self._turn = 0
+        self._came: list[int] = []  # in which order this turn's gradients came
+        self._orders: dict[int, list[int]] = {}
+        if not given and stage < 3 and world.size > 1:
+            for index, parameter in enumerate(self.trained.values()):
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _, index=index: self._came.append(index)
+                )
         self._materialise()
         self._slice_state()
 
@@ -500,19 +508,26 @@ class ZeroEngine(Engine):
     def param_groups(self) -> list[dict[str, Any]]:
         return self.zero.optimizer.param_groups
 
-    def begin_turn(self) -> None:
-        super().begin_turn()
+    def begin_turn(self, index: int = 0) -> None:
+        super().begin_turn(index)
         self._sum = None
+        self._turn, self._came = index, []
 
     def reduce(self) -> None:
         if self.given:
             assert self._sum is not None
             with self._whole():
                 pairs = zip(self.trained.values(), self._sum, strict=True)
-                surrogate = [
-                    (p * g).sum() for p, g in pairs if g is not None
-                ]  # whose gradient is the one given
+                # whose gradient is the one given; every parameter has a part in it, also one that only other
+                # ranks used: DeepSpeed needs the same gradients in the same order on every rank
+                surrogate = [(p * (0.0 if g is None else g)).sum() for p, g in pairs]
                 self._stream(torch.stack(surrogate).sum(), last=True)
+            return
+        if self._turn not in self._orders:
+            orders = self.world.gather(self._came)
+            self._orders[self._turn] = orders[0] if all(o == orders[0] for o in orders) else []
+        if self._came != self._orders[self._turn]:
+            raise UserError(f"strategy: zero{self.stage}: {_OTHER_ORDER}")
 
     def full_gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
@@ -698,6 +713,12 @@ def materialise(optimizer: torch.optim.Optimizer) -> None:
             for value in optimizer.state[parameter].values():
                 if isinstance(value, Tensor):
                     value.zero_()
+
+
+_OTHER_ORDER = (
+    "this rank used other parameters, or in another order, than the other ranks or than before,"
+    " and DeepSpeed would add up the wrong ones; name the player in the objective's `given`, or choose ddp"
+)
 
 
 def import_deepspeed() -> Any:

@@ -97,7 +97,7 @@ class Trainer:
             self.callbacks.call("step_begins", self)
             for turn in self.objective.turns(step):
                 engine, total = self.engines[turn.player], self._batch_weight(batch)
-                engine.begin_turn()
+                engine.begin_turn(turn.index)
                 for micro in batch:
                     with randomness.at(self.seed, step, turn.index, micro.index):
                         loss, logged = self.objective.loss(

@@ -216,26 +216,28 @@ def _await(ranks: list[Any], scratch: Path, timeout: float | None) -> None:
             process = running.pop(sentinel)
             process.join()
             if process.exitcode != 0:
-                raise _failure(process, scratch)
+                raise _failure(process, ranks, scratch)
 
 
-def _failure(process: Any, scratch: Path) -> Exception:
-    """The first failure: the earliest traceback on disk, or how the process died."""
+def _failure(process: Any, ranks: list[Any], scratch: Path) -> Exception:
+    """The first failure: a rank that a signal ended (what the others then report is that they lost it), else the
+    earliest traceback on disk, else an exit code."""
     time.sleep(0.2)  # let a rank that failed at the same moment write its own traceback
-    reports = sorted(scratch.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    for path in reports:
-        report = json.loads(path.read_text())
+    reports = [
+        json.loads(path.read_text())
+        for path in sorted(scratch.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    ]
+    for report in reports:
         if report["user_error"]:
             return UserError(report["message"])
+    for rank in [process, *ranks]:
+        if rank.exitcode is not None and rank.exitcode < 0:
+            name = signal.Signals(-rank.exitcode).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            return RankFailed(f"{rank.name} was ended by {name}{hint}")
     if reports:
-        report = json.loads(reports[0].read_text())
-        return RankFailed(f"{report['rank']} failed:\n{report['traceback']}")
-    code = process.exitcode
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-        return RankFailed(f"{process.name} was ended by {name}{hint}")
-    return RankFailed(f"{process.name} ended with exit code {code}")
+        return RankFailed(f"{reports[0]['rank']} failed:\n{reports[0]['traceback']}")
+    return RankFailed(f"{process.name} ended with exit code {process.exitcode}")
 
 
 def _run_rank(
