@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_train.buckets import Buckets
+from dist_train.buffers import BufferKeeper
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.world import World
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
-BUCKET_BYTES = 25 * 1024 * 1024
 ZERO_BUCKET = 5_000_000
 """Elements that ZeRO reduces or gathers at once: enough to fill a link, without a buffer of gigabytes."""
 PERSISTENCE_THRESHOLD = 10_000
@@ -387,68 +387,6 @@ class PlainEngine(Engine):
         return {name: p.detach() for name, p in self.names.items()}
 
 
-class Buckets:
-    """Flat gradient buffers, filled in the reverse order of the parameters, so that the sums over the ranks start while
-    backward still runs. Which gradient lies in which bucket never changes: torch's DDP regroups its buckets after the
-    first step, and with three ranks or more that alone makes a resumed run differ."""
-
-    def __init__(self, parameters: list[nn.Parameter], world: World) -> None:
-        self.world = world
-        self.launch_when_ready = False
-        self.flat: list[Tensor] = []
-        self.members: list[list[nn.Parameter]] = []
-        for parameter in reversed(parameters):
-            bytes_so_far = (
-                sum(p.numel() * p.element_size() for p in self.members[-1]) if self.members else 0
-            )
-            if (
-                not self.members
-                or bytes_so_far >= BUCKET_BYTES
-                or self.members[-1][0].dtype != parameter.dtype
-            ):
-                self.members.append([])
-            self.members[-1].append(parameter)
-        for index, members in enumerate(self.members):
-            flat = torch.zeros(
-                sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device
-            )
-            offset = 0
-            for parameter in members:
-                parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-                offset += parameter.numel()
-                parameter.register_post_accumulate_grad_hook(
-                    lambda _, index=index: self._ready(index)
-                )
-            self.flat.append(flat)
-        self.clear()
-
-    def clear(self) -> None:
-        """Start a turn: every gradient is zero, nothing is under way."""
-        for flat in self.flat:
-            flat.zero_()
-        self.launch_when_ready = False
-        self.waiting = [len(members) for members in self.members]
-        self.work: list[Any] = []
-
-    def _ready(self, index: int) -> None:
-        if not self.launch_when_ready:
-            return
-        self.waiting[index] -= 1
-        # every rank must start the buckets in one order, whichever gradient happens to be ready first
-        while len(self.work) < len(self.flat) and self.waiting[len(self.work)] == 0:
-            self._launch()
-
-    def _launch(self) -> None:
-        self.work.append(dist.all_reduce(self.flat[len(self.work)], async_op=True))
-
-    def finish(self) -> None:
-        """Start what is left (networks that a turn did not use) and wait for all sums."""
-        while len(self.work) < len(self.flat):
-            self._launch()
-        for work in self.work:
-            work.wait()
-
-
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO stage 1, 2 or 3, through the interface that docs/decisions/0002 explains."""
 
@@ -641,56 +579,6 @@ class ZeroEngine(Engine):
         return (
             (self.zero.fp32_partitioned_groups_flat[group], offset, start, count) if count else None
         )
-
-
-class BufferKeeper:
-    """Law 11: buffers that a forward changes take one update a turn.
-
-    Each micro-batch starts from the buffers as they were when the turn began; what they become is the mean over all
-    micro-batches of all ranks. For running statistics, which are linear in the batch's own, that is the update from
-    the mean statistics; spectral-norm vectors, which depend on the weights alone, advance once.
-    """
-
-    def __init__(self, buffers: list[Tensor], world: World) -> None:
-        self.world = world
-        self.floats = [b for b in buffers if b.is_floating_point()]
-        self.integers = [b for b in buffers if not b.is_floating_point()]
-        self.live = self.floats + self.integers
-        self.micro_batches = 0
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        if not self.live:
-            return
-        self.before = [b.clone() for b in self.live]
-        self.change = [torch.zeros_like(b) for b in self.floats]
-        self.micro_batches = 0
-
-    @torch.no_grad()
-    def after_micro_batch(self, last: bool) -> None:
-        if not self.live:
-            return
-        self.micro_batches += 1
-        start = self.before[: len(self.floats)]
-        if self.floats:
-            torch._foreach_add_(self.change, torch._foreach_sub(self.floats, start))
-        for buffer, before in zip(self.live, self.before, strict=True):
-            if not last or buffer.is_floating_point():
-                buffer.copy_(before)
-
-    @torch.no_grad()
-    def end(self) -> None:
-        if not self.floats:
-            return
-        flat = torch.cat([c.flatten() for c in self.change])
-        self.world.sum_(flat).div_(self.micro_batches * self.world.size)
-        mean = [
-            part.view_as(b)
-            for part, b in zip(
-                flat.split([b.numel() for b in self.floats]), self.floats, strict=True
-            )
-        ]
-        torch._foreach_add_(self.floats, mean)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

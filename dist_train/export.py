@@ -9,8 +9,9 @@ from typing import Any
 from dist_train import components
 from dist_train.errors import UserError
 from dist_train.recipe import Recipe
-from dist_train.run import data_folder, restore
+from dist_train.run import data_folder
 from dist_train.run_directory import RunDirectory, write_file
+from dist_train.trained import restore
 
 CARD = """---
 library_name: dist-train

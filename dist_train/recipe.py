@@ -31,9 +31,19 @@ from pydantic import (
 from dist_train import components
 from dist_train.duration import Duration, Every
 from dist_train.errors import UserError, nearest
-from dist_train.yaml_text import MAX_BYTES, read_yaml, write_yaml
+from dist_train.settings import (
+    RECIPES,
+    assignment,
+    locate,
+    name_from,
+    plain,
+    put,
+    read_settings,
+    root_of,
+    short,
+)
+from dist_train.yaml_text import write_yaml
 
-RECIPES = (Path(__file__).parent / "recipes").resolve()
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 PROVIDED: dict[str, tuple[str, ...]] = {"optimizer": ("groups",)}
 """Arguments that the trainer gives to the parts of a kind, so that a recipe cannot."""
@@ -42,17 +52,11 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _NAMED = "a name of at most 64 letters, digits, '.', '_' and '-'"
 
 
-def _short(value: object) -> str:
-    """A value as one short line."""
-    text = json.dumps(value, ensure_ascii=True) if isinstance(value, dict | list) else ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _spec(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"got {_short(value)}, expected a mapping {{name: ..., arguments}}")
+        raise UserError(f"got {short(value)}, expected a mapping {{name: ..., arguments}}")
     if not isinstance(value.get("name"), str) or not value["name"]:
-        raise UserError(f"got {_short(value)}, expected a mapping with a 'name' and its arguments")
+        raise UserError(f"got {short(value)}, expected a mapping with a 'name' and its arguments")
     return value
 
 
@@ -113,13 +117,13 @@ class Data(_Section):
     def _check(self) -> Data:
         if (self.name is None) == (self.path is None):
             raise UserError(
-                f"name: got {_short(self.name)} with path {_short(self.path)}, expected one of the two"
+                f"name: got {short(self.name)} with path {short(self.path)}, expected one of the two"
             )
         if self.path is not None and "://" in self.path:
-            raise UserError(f"path: got {_short(self.path)}, expected a folder on this machine")
+            raise UserError(f"path: got {short(self.path)}, expected a folder on this machine")
         if self.path is not None and self.options:
             raise UserError(
-                f"options: got {_short(self.options)}, expected none: they are for sources by name"
+                f"options: got {short(self.options)}, expected none: they are for sources by name"
             )
         if self.global_batch % self.micro_batch:
             raise UserError(
@@ -145,15 +149,15 @@ class Evaluate(_Section):
     @model_validator(mode="after")
     def _check(self) -> Evaluate:
         if len(set(self.metrics)) < len(self.metrics):
-            raise UserError(f"metrics: got {_short(self.metrics)}, expected each once")
+            raise UserError(f"metrics: got {short(self.metrics)}, expected each once")
         if self.best is not None and self.best not in self.metrics:
             raise UserError(
-                f"best: got {_short(self.best)}, expected one of {', '.join(self.metrics)}"
+                f"best: got {short(self.best)}, expected one of {', '.join(self.metrics)}"
                 + nearest(self.best, self.metrics)
             )
         if (self.best is None) != (self.mode is None):
             raise UserError(
-                f"mode: got {_short(self.mode)} with best {_short(self.best)}, expected both or neither: "
+                f"mode: got {short(self.mode)} with best {short(self.best)}, expected both or neither: "
                 "is the best one the min or the max?"
             )
         return self
@@ -194,7 +198,7 @@ class Recipe(_Section):
 
     def __init__(self, /, **settings: Any) -> None:
         try:
-            super().__init__(**_plain(settings, ""))
+            super().__init__(**plain(settings, ""))
         except ValidationError as error:
             raise UserError(_explain(error)) from None
 
@@ -205,17 +209,17 @@ class Recipe(_Section):
         Raises:
             UserError: one line that names the file, the key, the value and what would be valid.
         """
-        file = _locate(str(recipe))
+        file = locate(str(recipe))
         source = str(recipe) if file.parent != RECIPES else f"recipes/{file.name}"
-        settings = _read(file, source, ())
-        for assignment in set:
-            key, value = _assignment(assignment)
+        settings = read_settings(file, source, ())
+        for text in set:
+            key, value = assignment(text)
             try:
-                _put(settings, key, value)
+                put(settings, key, value)
             except UserError as error:
                 raise UserError(f"{source}: {error}") from None
-        settings.setdefault("name", _name_from(file))
-        return cls.restore(settings, source, _root_of(file))
+        settings.setdefault("name", name_from(file))
+        return cls.restore(settings, source, root_of(file))
 
     @classmethod
     def restore(cls, settings: dict[str, Any], source: str, root: Path | None) -> Recipe:
@@ -230,7 +234,7 @@ class Recipe(_Section):
     def set(self, key: str, value: Any) -> Recipe:
         """A copy with one setting changed, `recipe.set("data.micro_batch", 32)`; None removes it."""
         settings = self.as_dict()
-        _put(settings, key, value)
+        put(settings, key, value)
         return self.restore(settings, self._source, self._root)
 
     def as_dict(self) -> dict[str, Any]:
@@ -361,10 +365,10 @@ class Recipe(_Section):
         for instance, spec in self.callbacks.items():
             where = f"callbacks.{instance}"
             if not re.fullmatch(_NAME, instance) or "." in instance:
-                raise UserError(f"{where}: got {_short(instance)}, expected {_NAMED}, without '.'")
+                raise UserError(f"{where}: got {short(instance)}, expected {_NAMED}, without '.'")
             if not isinstance(spec, dict):
                 raise UserError(
-                    f"{where}: got {_short(spec)}, expected a mapping of arguments, {{}} for none"
+                    f"{where}: got {short(spec)}, expected a mapping of arguments, {{}} for none"
                 )
         for kind, spec, where in self.parts():
             name, ours = spec["name"], components.CATALOGUE[kind]
@@ -380,19 +384,6 @@ class Recipe(_Section):
         return self
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with dist-train."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def read_assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """`["block=256"]` as {"block": 256}: each value is read as YAML, dots in a key go deeper."""
-    settings: dict[str, Any] = {}
-    for text in texts:
-        _put(settings, *_assignment(text))
-    return settings
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks across keys
 
@@ -406,9 +397,7 @@ def _check_networks(model: dict[str, Any]) -> None:
     seen: set[str] = set()
     for player, value in model.items():
         if not isinstance(value, dict) or not value:
-            raise UserError(
-                f"model.{player}: got {_short(value)}, expected a network {{name: ...}}"
-            )
+            raise UserError(f"model.{player}: got {short(value)}, expected a network {{name: ...}}")
         nested = isinstance(value.get("name", {}), dict)
         for network, spec in (value if nested else {player: value}).items():
             where = f"model.{player}.{network}" if nested else f"model.{player}"
@@ -457,17 +446,17 @@ def _check_players(recipe: Recipe) -> None:
         chosen = spec.get("players", []) if isinstance(spec, dict) else []
         where = f"callbacks.{instance}.players"
         if not isinstance(chosen, list):
-            raise UserError(f"{where}: got {_short(chosen)}, expected a list of players")
+            raise UserError(f"{where}: got {short(chosen)}, expected a list of players")
         for player in chosen:
             if player not in players:
                 raise UserError(
-                    f"{where}: got {_short(player)}, expected one of {', '.join(players)}"
+                    f"{where}: got {short(player)}, expected one of {', '.join(players)}"
                     + nearest(player, players)
                 )
     player = Duration.parse(recipe.duration).player
     if player is not None and player not in players:
         raise UserError(
-            f"duration: got {_short(recipe.duration)}, expected one of the players {', '.join(players)}"
+            f"duration: got {short(recipe.duration)}, expected one of the players {', '.join(players)}"
             + nearest(player, players)
         )
 
@@ -478,7 +467,7 @@ def _check_strategy(strategy: Any, where: str) -> None:
         raise UserError(f"{where}: auto comes with plan; choose single, ddp, zero1, zero2 or zero3")
     if name not in STRATEGIES:
         raise UserError(
-            f"{where}: got {_short(name)}, expected one of {', '.join(STRATEGIES)}"
+            f"{where}: got {short(name)}, expected one of {', '.join(STRATEGIES)}"
             + nearest(str(name), STRATEGIES)
         )
     known = ["name", "persistence_threshold"] if name == "zero3" else ["name"]
@@ -490,7 +479,7 @@ def _check_strategy(strategy: Any, where: str) -> None:
     threshold = strategy.get("persistence_threshold", 0)
     if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
         raise UserError(
-            f"{where}.persistence_threshold: got {_short(threshold)}, expected a whole number of elements, 0 or more"
+            f"{where}.persistence_threshold: got {short(threshold)}, expected a whole number of elements, 0 or more"
         )
 
 
@@ -498,7 +487,7 @@ def _check_weights(recipe: Recipe, weights: object, where: str) -> None:
     choices = ["live", *recipe.callbacks]
     if weights not in choices:
         raise UserError(
-            f"{where}: got {_short(weights)}, expected 'live' or a callback of this recipe"
+            f"{where}: got {short(weights)}, expected 'live' or a callback of this recipe"
             + nearest(str(weights), choices)
         )
 
@@ -534,7 +523,7 @@ def _check_types(part: Any, spec: Mapping[str, Any], where: str, auto: bool) -> 
             adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError:
             raise UserError(
-                f"{where}.{key}: got {_short(value)}, expected {_type_name(hints[key])}"
+                f"{where}.{key}: got {short(value)}, expected {_type_name(hints[key])}"
             ) from None
 
 
@@ -605,161 +594,6 @@ def _explain(error: ValidationError) -> str:
     elif first["type"] == "missing":
         line = f"{where}: missing, expected {description}"
     else:
-        line = f"{where}: got {_short(first['input'])}, expected {description}"
+        line = f"{where}: got {short(first['input'])}, expected {description}"
     others = len({m["loc"][0] for m in mistakes if m["loc"]}) - 1
     return line if others < 1 else f"{line} (and {others} more)"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to settings
-
-
-def _locate(recipe: str) -> Path:
-    """The file behind a name in recipes/, a YAML file or a run directory."""
-    if recipe in recipe_names():
-        return RECIPES / f"{recipe}.yaml"
-    path = Path(recipe)
-    if path.is_dir():
-        if not (path / "recipe.yaml").is_file():
-            raise UserError(f"{recipe}: a folder without recipe.yaml, expected a run directory")
-        path = path / "recipe.yaml"
-    if not path.is_file():
-        names = recipe_names()
-        raise UserError(
-            f"{recipe}: no such recipe: expected a YAML file, a run directory or one of {', '.join(names)}"
-            + nearest(recipe, names)
-        )
-    return path.resolve()
-
-
-def _read(file: Path, source: str, children: tuple[Path, ...]) -> dict[str, Any]:
-    """The settings of a file over those of the recipe it extends."""
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise UserError(
-                f"{source}: {file.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}"
-            )
-        settings = read_yaml(file.read_bytes(), source)
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror}") from error
-    if settings is None:
-        raise UserError(
-            f"{source}: empty, expected a recipe: data, model, objective, optimizer, duration"
-        )
-    if not isinstance(settings, dict):
-        raise UserError(f"{source}: got {_short(settings)}, expected a mapping of settings")
-    parent = settings.pop("extends", None)
-    if parent is None:
-        return _merge({}, settings)
-    if not isinstance(parent, str):
-        raise UserError(f"{source}: extends: got {_short(parent)}, expected one recipe")
-    by_path = "/" in parent or parent.endswith((".yaml", ".yml"))
-    try:
-        parent_file = _locate(str(file.parent / parent) if by_path else parent)
-    except UserError as error:
-        raise UserError(f"{source}: extends: {error}") from None
-    chain = (*children, file)
-    if parent_file in chain:
-        names = " -> ".join(path.stem for path in (*chain, parent_file))
-        raise UserError(f"{source}: extends: got {_short(parent)}, expected no circle: {names}")
-    inherited = _read(parent_file, str(parent_file) if by_path else parent, chain)
-    return _merge(inherited, settings)
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`: mappings key by key, anything else whole; null removes."""
-    merged = dict(base)
-    for key, value in changes.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict):
-            below = merged.get(key)
-            merged[key] = _merge(below if isinstance(below, dict) else {}, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {text}: expected KEY=VALUE, like optimizer.learning_rate=0.05")
-    return key.strip(), read_yaml(value, f"--set {text}")
-
-
-def _put(settings: dict[str, Any], key: str, value: Any) -> None:
-    """Put `value` at the dotted `key`; None removes what is there."""
-    *folders, last = key.split(".")
-    node: Any = settings
-    path = ""
-    for part in folders:
-        path = f"{path}.{part}" if path else part
-        if isinstance(node, dict):
-            node = node.setdefault(part, {})
-        elif isinstance(node, list):
-            node = node[_position(node, part, path)]
-        if not isinstance(node, dict | list):
-            raise UserError(f"{key}: '{path}' is {_short(node)}, which has no keys")
-    if not last:
-        raise UserError(f"{key}: expected a key, like optimizer.learning_rate")
-    if isinstance(node, list):
-        position = _position(node, last, key)
-        node[position : position + 1] = [] if value is None else [value]
-    elif value is None:
-        node.pop(last, None)
-    else:
-        node[last] = _merge({}, value) if isinstance(value, dict) else value
-
-
-def _position(items: list[Any], text: str, key: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) >= len(items):
-        raise UserError(
-            f"{key}: a list of {len(items)}, expected a position from 0 to {len(items) - 1}"
-        )
-    return int(text)
-
-
-def _plain(value: Any, path: str) -> Any:
-    """Plain data with finite numbers, nulls dropped from mappings: what YAML and JSON can hold."""
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise UserError(f"{path}: got {_short(key)} as a key, expected a name")
-        return {
-            key: _plain(item, f"{path}.{key}" if path else key)
-            for key, item in value.items()
-            if item is not None
-        }
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{path}.{position}") for position, item in enumerate(value)]
-    if isinstance(value, BaseModel):
-        return _plain(value.model_dump(exclude_none=True), path)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{path}: got {value}, expected a finite number")
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise UserError(
-        f"{path}: got {_short(value)}, expected plain data (text, number, list, mapping)"
-    )
-
-
-def _name_from(file: Path) -> str:
-    stem = file.parent.name if file.name == "recipe.yaml" else file.stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64] or "run"
-
-
-def _root_of(file: Path) -> Path | None:
-    """The project root of a recipe file; None, the current folder, for the recipes that come with dist-train."""
-    if file.parent == RECIPES:
-        return None
-    noted = file.parent / "environment.json"
-    if (
-        file.name == "recipe.yaml" and noted.is_file()
-    ):  # a run directory may lie far from its project
-        root = json.loads(noted.read_text()).get("project_root")
-        if root is not None and Path(root).is_dir():
-            return Path(root)
-    for folder in file.parents:
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    return file.parent

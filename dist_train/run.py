@@ -192,7 +192,7 @@ def build(
     )
     evaluation = None
     if recipe.evaluate is not None:
-        evaluation = _evaluation(recipe, Shards(folder, recipe.evaluate.split), world)
+        evaluation = evaluation_of(recipe, Shards(folder, recipe.evaluate.split), world)
     objective: Objective = components.build("objective", recipe.objective, "objective")
     networks = make_networks(recipe, shards.index.describe(), model)
     micro_batches = data.global_batch // data.micro_batch // world.size
@@ -300,7 +300,8 @@ def make_callbacks(recipe: Recipe) -> Callbacks:
     return Callbacks(instances)
 
 
-def _evaluation(recipe: Recipe, shards: Shards, world: World) -> EvaluationBatches:
+def evaluation_of(recipe: Recipe, shards: Shards, world: World) -> EvaluationBatches:
+    """The evaluation batches of this rank, over all of `shards`."""
     assert recipe.evaluate is not None
     return evaluation_batches(
         shards,
@@ -436,81 +437,3 @@ def _log_to(path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Using what was trained
-
-
-def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
-    """A finished or unfinished run, loaded whole into this process, ready to evaluate or to sample from."""
-    directory = RunDirectory.open(run_dir)
-    recipe = recipe or Recipe.load(directory.path)
-    silent = {
-        k: v
-        for k, v in recipe.callback_specs.items()
-        if v["name"] not in ("console", "wandb", "samples")
-    }
-    recipe = recipe.set("callbacks", silent).set("strategy", "single")
-    recipe.importable()
-    world = World.join({})
-    pin_threads(recipe.threads, 1)
-    trainer = build(recipe, world, directory)
-    path, _ = checkpoint.last_good(directory.checkpoints)
-    if path is None:
-        raise CheckpointError(f"{directory.path}: has no checkpoint yet")
-    reader = checkpoint.Reader(path)
-    trainer.load(reader)
-    trainer.callbacks.call("run_begins", trainer)
-    trainer.load_callbacks(reader)
-    return trainer
-
-
-def evaluate(
-    run_dir: str | Path, *, data: str | None = None, split: str | None = None
-) -> dict[str, Any]:
-    """The run's metrics on its own evaluation split, or on another split or other shards."""
-    recipe = Recipe.load(RunDirectory.open(run_dir).path)
-    if recipe.evaluate is None:
-        raise UserError(f"{run_dir}: its recipe has no evaluate section, so no metrics are known")
-    trainer = restore(run_dir, recipe)
-    if data is not None or split is not None:
-        folder = data_folder(recipe) if data is None else locate(data, Path.cwd())
-        trainer.evaluation = _evaluation(
-            recipe, Shards(folder, split or recipe.evaluate.split), trainer.world
-        )
-    results = trainer.evaluate(recipe.evaluate.weights)
-    return {"run_dir": str(run_dir), "step": trainer.step, "results": results}
-
-
-def generate(
-    run_dir: str | Path,
-    out: str | Path,
-    *,
-    count: int = 64,
-    prompt: str | None = None,
-    seed: int = 0,
-    weights: str | None = None,
-) -> dict[str, Any]:
-    """Draw from a trained model: a grid of images into `out` (PNG), or text that continues `prompt` into `out`."""
-    import torch
-
-    trainer = restore(run_dir)
-    randomness.reseed(seed, trainer.step)
-    networks = trainer.view(weights)
-    with torch.no_grad():
-        images = trainer.objective.samples(networks, count, trainer.world.device)
-        if images:
-            from dist_train.callbacks.samples import save_grid
-
-            save_grid(Path(out), torch.cat(list(images.values())))
-            return {"out": str(out), "step": trainer.step, "images": count}
-        model = trainer.engines[trainer.objective.players[0]].player.networks
-        context = min(getattr(network, "max_length", 1) for network in model.values())
-        text = trainer.objective.continue_bytes(networks, (prompt or "\n").encode(), count, context)
-    if text is None:
-        raise UserError(
-            f"{run_dir}: objective '{trainer.recipe.objective['name']}' generates nothing"
-        )
-    Path(out).write_bytes(text)
-    return {"out": str(out), "step": trainer.step, "text": text.decode(errors="replace")}

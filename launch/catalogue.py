@@ -41,7 +41,7 @@ def catalogue(kind: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _recipes() -> dict[str, dict[str, Any]]:
-    from dist_train.recipe import RECIPES, recipe_names
+    from dist_train.settings import RECIPES, recipe_names
 
     found = {}
     for name in recipe_names():

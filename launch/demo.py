@@ -20,8 +20,9 @@ from dist_train.data_shards.reader import Shards
 from dist_train.launch.ngram import witten_bell_bits_per_byte
 from dist_train.recipe import Recipe
 from dist_train.report import write_report
-from dist_train.run import data_folder, restore, train
+from dist_train.run import data_folder, train
 from dist_train.run_directory import RunDirectory
+from dist_train.trained import restore
 
 RANKS = 2
 RECIPES = ("resnet-mnist", "transformer-text", "wgan-gp-mnist")

@@ -30,7 +30,7 @@ def pack(
 ) -> None:
     """Pack a source into tar shards with their index."""
     from dist_train.data_shards.sources import pack as pack_source
-    from dist_train.recipe import read_assignments
+    from dist_train.settings import read_assignments
 
     options = read_assignments(settings or [])
     answer(as_json, lambda: _described(out, pack_source(source, out, **options)))

@@ -28,9 +28,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a trained run."""
-    from dist_train import run as runs
+    from dist_train import trained
 
-    answer(as_json, lambda: runs.evaluate(run, data=data, split=split))
+    answer(as_json, lambda: trained.evaluate(run, data=data, split=split))
 
 
 def generate(
@@ -45,11 +45,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw images or text from a trained run."""
-    from dist_train import run as runs
+    from dist_train import trained
 
     answer(
         as_json,
-        lambda: runs.generate(run, out, count=count, prompt=prompt, seed=seed, weights=weights),
+        lambda: trained.generate(run, out, count=count, prompt=prompt, seed=seed, weights=weights),
     )
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train import checkpoint, engine, run
+from dist_train import buckets, checkpoint, engine, run
 from dist_train.callbacks import Callback
 from dist_train.engine import Engine, make_engine
 from dist_train.errors import UserError
@@ -475,7 +475,7 @@ def plain_partly_trained() -> dict[str, Any]:
 
 def unused(world: World, strategy: str) -> dict[str, Any]:
     """Three turns with parameters that get no gradient, the gradients in buckets of 64 bytes."""
-    kept, engine.BUCKET_BYTES = engine.BUCKET_BYTES, 64
+    kept, buckets.BUCKET_BYTES = buckets.BUCKET_BYTES, 64
     launched: list[int] = []
     launch = engine.Buckets._launch
 
@@ -492,7 +492,7 @@ def unused(world: World, strategy: str) -> dict[str, Any]:
             gradients.append(numbers(e.full_gradients()))
             e.step()
     finally:
-        engine.BUCKET_BYTES, engine.Buckets._launch = kept, launch  # type: ignore[method-assign]
+        buckets.BUCKET_BYTES, engine.Buckets._launch = kept, launch  # type: ignore[method-assign]
     return {
         "gradients": gradients,
         "weights": numbers(e.full_weights()),
@@ -515,11 +515,11 @@ def plain_unused() -> dict[str, Any]:
 
 def branches(world: World, strategy: str, given: bool = False) -> dict[str, Any]:
     """One turn in which each micro-batch takes its own branch, so that ranks use different parameters."""
-    kept, engine.BUCKET_BYTES = engine.BUCKET_BYTES, 64
+    kept, buckets.BUCKET_BYTES = buckets.BUCKET_BYTES, 64
     try:
         e = engine_of(strategy, world, Branches(), given=given)
     finally:
-        engine.BUCKET_BYTES = kept
+        buckets.BUCKET_BYTES = kept
     x, y = batches(1)[0]
     accumulate(e, x, y, loss=branch_loss)
     return {"gradients": numbers(e.full_gradients())}

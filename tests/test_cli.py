@@ -11,7 +11,8 @@ import pytest
 from dist_train.errors import UserError
 from dist_train.launch.accelerate import check_accelerate_environment
 from dist_train.launch.cli import main
-from dist_train.recipe import Recipe, recipe_names
+from dist_train.recipe import Recipe
+from dist_train.settings import recipe_names
 from dist_train.yaml_text import read_yaml
 
 COMMANDS = [

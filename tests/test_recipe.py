@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dist_train.duration import Duration, Every
 from dist_train.errors import UserError
-from dist_train.recipe import Recipe, read_assignments, recipe_names
+from dist_train.recipe import Recipe
+from dist_train.settings import read_assignments, recipe_names
 from dist_train.yaml_text import read_yaml, scalar, write_yaml
 
 TWO_PLAYERS = {
@@ -255,7 +256,7 @@ def test_components_are_checked_by_signature_type_and_value():
 def test_structure_is_checked_without_torch():
     code = (
         "import sys\n"
-        "from dist_train.recipe import Recipe, recipe_names\n"
+        "from dist_train.recipe import Recipe\nfrom dist_train.settings import recipe_names\n"
         "[Recipe.load(name).to_yaml() for name in recipe_names()]\n"
         "sys.exit('torch' in sys.modules)"
     )

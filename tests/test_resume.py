@@ -97,6 +97,39 @@ def _free(settings: dict[str, Any], folder: str, order: str) -> list[float]:
     return cases.free_running(cases.Recipe(**settings), cases.World(), Path(folder), order)
 
 
+def test_tars_from_elsewhere_train_without_conversion(tmp_path: Path) -> None:
+    """Written by webdataset's ShardWriter, and by plain `tar`; the index is made on first use."""
+    import io
+    import subprocess
+
+    import numpy as np
+    import webdataset
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images[:96] * 15).astype(np.uint8)
+    written, plain, loose = (tmp_path / name for name in ("written", "plain", "loose"))
+    for folder in (written, plain, loose):
+        folder.mkdir()
+    with webdataset.ShardWriter(str(written / "%06d.tar"), maxcount=48, verbose=0) as writer:
+        for i, image in enumerate(images):
+            writer.write({"__key__": f"{i:04d}", "image.npy": image, "cls": int(digits.target[i])})
+            content = io.BytesIO()
+            np.save(content, image)
+            (loose / f"{i:04d}.image.npy").write_bytes(content.getvalue())
+            (loose / f"{i:04d}.cls").write_text(str(digits.target[i]))
+    names = sorted(path.name for path in loose.iterdir())
+    subprocess.run(["tar", "cf", str(plain / "000000.tar"), "-C", str(loose), *names], check=True)
+    digests = []
+    for folder in (written, plain):
+        recipe = cases.tiny_recipe("resnet", tmp_path, duration="4 steps", strategy="single")
+        recipe = recipe.set("data.path", str(folder))
+        run_dir = tmp_path / f"run-{folder.name}"
+        cases.run.train(recipe, run_dir=run_dir)
+        digests.append(checkpoint.weights_digest(run_dir))
+    assert digests[0] == digests[1]
+
+
 def test_sample_ids_do_not_depend_on_ranks_or_workers(tiny_data: Path, tmp_path: Path) -> None:
     """12 micro-batches on 1, 2, 3 and 4 ranks, with 0 and 2 loader workers."""
     traces = []

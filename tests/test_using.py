@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from dist_train import components
 from dist_train.launch.cli import main
-from dist_train.run import restore, train
+from dist_train.run import train
+from dist_train.trained import restore
 
 CARED_FOR = {"split": "test", "every": "3 steps", "best": "loss", "mode": "min", "weights": "ema"}
 

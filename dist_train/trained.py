@@ -1,0 +1,90 @@
+"""What was trained, in use again: load a run into this process, evaluate it, draw from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dist_train import checkpoint, randomness
+from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sources import locate
+from dist_train.errors import CheckpointError, UserError
+from dist_train.recipe import Recipe
+from dist_train.run import build, data_folder, evaluation_of
+from dist_train.run_directory import RunDirectory
+from dist_train.trainer import Trainer
+from dist_train.world import World, pin_threads
+
+
+def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
+    """A finished or unfinished run, loaded whole into this process, ready to evaluate or to sample from."""
+    directory = RunDirectory.open(run_dir)
+    recipe = recipe or Recipe.load(directory.path)
+    silent = {
+        k: v
+        for k, v in recipe.callback_specs.items()
+        if v["name"] not in ("console", "wandb", "samples")
+    }
+    recipe = recipe.set("callbacks", silent).set("strategy", "single")
+    recipe.importable()
+    world = World.join({})
+    pin_threads(recipe.threads, 1)
+    trainer = build(recipe, world, directory)
+    path, _ = checkpoint.last_good(directory.checkpoints)
+    if path is None:
+        raise CheckpointError(f"{directory.path}: has no checkpoint yet")
+    reader = checkpoint.Reader(path)
+    trainer.load(reader)
+    trainer.callbacks.call("run_begins", trainer)
+    trainer.load_callbacks(reader)
+    return trainer
+
+
+def evaluate(
+    run_dir: str | Path, *, data: str | None = None, split: str | None = None
+) -> dict[str, Any]:
+    """The run's metrics on its own evaluation split, or on another split or other shards."""
+    recipe = Recipe.load(RunDirectory.open(run_dir).path)
+    if recipe.evaluate is None:
+        raise UserError(f"{run_dir}: its recipe has no evaluate section, so no metrics are known")
+    trainer = restore(run_dir, recipe)
+    if data is not None or split is not None:
+        folder = data_folder(recipe) if data is None else locate(data, Path.cwd())
+        trainer.evaluation = evaluation_of(
+            recipe, Shards(folder, split or recipe.evaluate.split), trainer.world
+        )
+    results = trainer.evaluate(recipe.evaluate.weights)
+    return {"run_dir": str(run_dir), "step": trainer.step, "results": results}
+
+
+def generate(
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    count: int = 64,
+    prompt: str | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+) -> dict[str, Any]:
+    """Draw from a trained model: a grid of images into `out` (PNG), or text that continues `prompt` into `out`."""
+    import torch
+
+    trainer = restore(run_dir)
+    randomness.reseed(seed, trainer.step)
+    networks = trainer.view(weights)
+    with torch.no_grad():
+        images = trainer.objective.samples(networks, count, trainer.world.device)
+        if images:
+            from dist_train.callbacks.samples import save_grid
+
+            save_grid(Path(out), torch.cat(list(images.values())))
+            return {"out": str(out), "step": trainer.step, "images": count}
+        model = trainer.engines[trainer.objective.players[0]].player.networks
+        context = min(getattr(network, "max_length", 1) for network in model.values())
+        text = trainer.objective.continue_bytes(networks, (prompt or "\n").encode(), count, context)
+    if text is None:
+        raise UserError(
+            f"{run_dir}: objective '{trainer.recipe.objective['name']}' generates nothing"
+        )
+    Path(out).write_bytes(text)
+    return {"out": str(out), "step": trainer.step, "text": text.decode(errors="replace")}
