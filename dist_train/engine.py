@@ -43,9 +43,7 @@ class Slice:
     shape: tuple[int, ...]
     start: int
     tensor: Tensor  # 1-D, a view of the real storage
-    replicated: bool = (
-        False  # whether every rank holds these elements, and one of them is to write them
-    )
+    replicated: bool = False  # every rank holds these elements, and one of them is to write them
 
     @property
     def stop(self) -> int:

@@ -56,18 +56,10 @@ class Trainer:
         micro_order: str = "forward",
     ) -> None:
         self.recipe, self.world, self.engines, self.objective = recipe, world, engines, objective
-        self.callbacks, self.data, self.evaluation, self.metrics = (
-            callbacks,
-            data,
-            evaluation,
-            metrics,
-        )
-        self.directory, self.total_steps, self.samples_per_epoch = (
-            directory,
-            total_steps,
-            samples_per_epoch,
-        )
-        self.tokens_per_epoch, self.fingerprint = tokens_per_epoch, fingerprint
+        self.callbacks, self.directory = callbacks, directory
+        self.data, self.evaluation, self.metrics = data, evaluation, metrics
+        self.total_steps, self.fingerprint = total_steps, fingerprint
+        self.samples_per_epoch, self.tokens_per_epoch = samples_per_epoch, tokens_per_epoch
         self.global_batch: int = recipe.data.global_batch
         self.seed = recipe.seed
         self.step = 0
@@ -100,9 +92,8 @@ class Trainer:
                 engine.begin_turn(turn.index)
                 for micro in batch:
                     with randomness.at(self.seed, step, turn.index, micro.index):
-                        loss, logged = self.objective.loss(
-                            turn, self.seen_by(turn), micro, self.scalars
-                        )
+                        seen = self.seen_by(turn)
+                        loss, logged = self.objective.loss(turn, seen, micro, self.scalars)
                     share = self.objective.weight(micro) / total
                     engine.backward(loss * share, last=micro is batch[-1])
                     self._note(turn, loss, logged, share)
@@ -134,16 +125,14 @@ class Trainer:
         """The weight of the global batch, known before backward on every rank (law 3)."""
         if self._weight_is_constant:
             return float(self.global_batch)
-        mine = torch.stack(
-            [torch.as_tensor(self.objective.weight(micro)).double() for micro in batch]
-        ).sum()
-        return self.world.sum_(mine.to(self.world.device)).float()
+        weights = [torch.as_tensor(self.objective.weight(micro)) for micro in batch]
+        mine = torch.stack(weights).to(self.world.device).double().sum()
+        return self.world.sum_(mine).float()
 
     def _note(self, turn: Turn, loss: Tensor, logged: Mapping[str, Tensor], share: Any) -> None:
         part = loss.detach() * share
-        self.losses[turn.player] = (
-            self.losses[turn.player] + part if turn.player in self.losses else part
-        )
+        before = self.losses.get(turn.player)
+        self.losses[turn.player] = part if before is None else before + part
         for name, value in logged.items():
             self.meter.add(self.named(turn.player, name), value, share)
 

@@ -11,7 +11,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -166,11 +168,13 @@ def start_ranks(
 ) -> list[Any]:
     """Run `target(*arguments)` in `count` new processes that form one world; return what each returned (JSON values).
 
-    The processes fork from a server that has imported torch and deepspeed once, so a start costs little. When one
-    fails, the others are ended, and its traceback is raised. No rank outlives this process.
+    On a machine without GPUs they fork from a server that has imported torch and deepspeed once, so a start costs
+    little. When one fails, the others are ended, and its traceback is raised. No rank outlives this process.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dist_train.preload"])
+    # a process cannot use CUDA if it forks from one that has asked for it, as importing DeepSpeed does
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    context.set_forkserver_preload([] if has_gpu else ["dist_train.preload"])
     with tempfile.TemporaryDirectory(prefix="dist-train-") as scratch:
         ranks = [
             context.Process(
@@ -188,8 +192,9 @@ def start_ranks(
             for rank in range(count)
         ]
         try:
-            for process in ranks:
-                process.start()
+            with _main_left_out(target):
+                for process in ranks:
+                    process.start()
             _await(ranks, Path(scratch), timeout)
         finally:
             for process in ranks:
@@ -201,6 +206,19 @@ def start_ranks(
         return [
             json.loads((Path(scratch) / f"result-{rank}.json").read_text()) for rank in range(count)
         ]
+
+
+@contextmanager
+def _main_left_out(target: Callable[..., Any]) -> Iterator[None]:
+    """Keep multiprocessing from running the user's script again in every rank, which only a target in it would need:
+    so no script wants an `if __name__ == "__main__"`, and standard input and notebooks work."""
+    main = sys.modules["__main__"]
+    if target.__module__ != "__main__":
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _await(ranks: list[Any], scratch: Path, timeout: float | None) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dist_train import checkpoint, faults, run
 from dist_train.callbacks import Callback
+from dist_train.objectives.classification import Classification
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import Trace
@@ -153,6 +154,15 @@ def trainer_of(
     yield trainer
     trainer.callbacks.call("run_ends", trainer)
     trainer.directory.close()
+
+
+class Interrupted(Classification):
+    """Classification with a fault point within the backward pass."""
+
+    def loss(self, *arguments: Any) -> Any:
+        loss, logged = super().loss(*arguments)
+        loss.register_hook(lambda _: faults.faultpoint("within-backward"))
+        return loss, logged
 
 
 class Gradients(Callback):

@@ -77,3 +77,12 @@ def test_accelerate_settings_that_contradict_the_recipe_are_refused(
     assert done.returncode == 2
     assert "ACCELERATE_MIXED_PRECISION" in done.stderr and "precision" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_script_needs_no_main_guard() -> None:
+    """Ranks do not run the user's script again: it may even come from standard input."""
+    script = "from os import getpid\nfrom dist_train.world import start_ranks\nprint(len(start_ranks(2, getpid)))\n"
+    done = subprocess.run(
+        [sys.executable, "-"], input=script, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr

@@ -17,7 +17,7 @@ from dist_train.testing import RankFailed, assert_same_run, read_trace, sample_i
 rng = random.Random(2026)
 COVER = [
     ("resnet", "ddp", 1, f"kill@step:0:{rng.randrange(7, 17)}"),
-    ("resnet", "zero1", 2, f"kill@backward:1:{rng.randrange(14, 35)}"),
+    ("resnet", "zero1", 2, f"kill@within-backward:1:{rng.randrange(14, 35)}"),
     ("resnet", "zero2", 4, f"kill@reduce:2:{rng.randrange(7, 19)}"),
     ("resnet", "zero3", 2, "kill@save-written:0:2"),
     ("transformer", "zero1", 1, f"kill@reduce:0:{rng.randrange(7, 19)}"),
@@ -34,7 +34,10 @@ COVER = [
 
 
 def settings(model: str, strategy: str, data: Path) -> dict[str, Any]:
-    return cases.tiny_recipe(model, data, strategy=cases.strategy(strategy)).as_dict()
+    recipe = cases.tiny_recipe(model, data, strategy=cases.strategy(strategy))
+    if model == "resnet":
+        recipe = recipe.set("objective.name", "cases:Interrupted")
+    return recipe.as_dict()
 
 
 @pytest.fixture(scope="module")

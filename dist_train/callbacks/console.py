@@ -65,9 +65,9 @@ class Console(Callback):
         if self.every is None or run.is_last or run.every(self.every):
             elapsed, done = time.monotonic() - self._began, run.step - self._first
             seconds = elapsed / max(done, 1) * (run.total_steps - run.step)
-            self._screen.print(progress_line(row, run.total_steps, list(run.engines), seconds))
+            self._say(progress_line(row, run.total_steps, list(run.engines), seconds))
         if any(name.startswith(EVALUATE) for name in row):
-            self._screen.print(evaluation_line(row, run.best.get("step") == run.step))
+            self._say(evaluation_line(row, run.best.get("step") == run.step))
 
     def run_ends(self, run: Trainer) -> None:
         if self._screen is None:
@@ -85,6 +85,14 @@ class Console(Callback):
             screen = self._close()
             what = f"failed in step {run.step:,}: {type(error).__name__}"
             screen.print(Text.assemble((what, "bold red"), f"  {run.directory.path}"))
+
+    def _say(self, line: Text) -> None:
+        assert self._screen is not None
+        if self._screen.is_terminal:
+            self._screen.print(line)
+        else:  # nothing to draw: laying it out would cost more than the rest of the step
+            self._screen.file.write(f"{line.plain}\n")
+            self._screen.file.flush()
 
     def _close(self) -> Screen:
         assert self._screen is not None
