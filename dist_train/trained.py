@@ -81,7 +81,9 @@ def generate(
             return {"out": str(out), "step": trainer.step, "images": count}
         model = trainer.engines[trainer.objective.players[0]].player.networks
         context = min(getattr(network, "max_length", 1) for network in model.values())
-        text = trainer.objective.continue_bytes(networks, (prompt or "\n").encode(), count, context)
+        text = trainer.objective.continue_bytes(
+            networks, (prompt or "\n").encode(), count, context, trainer.world.device
+        )
     if text is None:
         raise UserError(
             f"{run_dir}: objective '{trainer.recipe.objective['name']}' generates nothing"

@@ -148,9 +148,11 @@ def _judged(gan: Path, classifier: Path) -> dict[str, Any]:
 
     randomness.reseed(artist.recipe.seed, artist.step)
     with torch.no_grad():
-        drawn = artist.objective.samples(artist.view("ema"), SAMPLES, "cpu")["generator"]
+        drawn = artist.objective.samples(artist.view("ema"), SAMPLES, artist.world.device)[
+            "generator"
+        ]
     share, classes = sure(drawn)
-    noise_share, _ = sure(torch.rand(drawn.shape))
+    noise_share, _ = sure(torch.rand_like(drawn))
     grid = sorted((gan / "samples").glob("*.png"))[-1]
     text = f"{share:.0%} of samples are sure digits (noise {noise_share:.0%}), {classes} classes"
     return {

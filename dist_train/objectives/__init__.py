@@ -64,7 +64,7 @@ class Objective(ABC):
         return {}
 
     def continue_bytes(
-        self, networks: Networks, prompt: bytes, count: int, context: int
+        self, networks: Networks, prompt: bytes, count: int, context: int, device: str
     ) -> bytes | None:
         """`prompt` and `count` bytes more, drawn from the default generator; the model sees the last `context` bytes.
         None when the model writes no text."""

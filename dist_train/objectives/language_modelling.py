@@ -38,8 +38,10 @@ class LanguageModelling(Objective):
             "loss_count": micro["length"][: micro.real].sum(),
         }
 
-    def continue_bytes(self, networks: Networks, prompt: bytes, count: int, context: int) -> bytes:
-        tokens = torch.tensor([list(prompt)])
+    def continue_bytes(
+        self, networks: Networks, prompt: bytes, count: int, context: int, device: str
+    ) -> bytes:
+        tokens = torch.tensor([list(prompt)], device=device)
         tokens = generate(networks.model, tokens, count, max_length=context, temperature=0.8)
         return bytes(tokens[0].tolist())
 
