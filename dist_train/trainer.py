@@ -212,6 +212,19 @@ class Trainer:
         """End the run after this step; all ranks must decide alike."""
         self.stopping = reason
 
+    def refuse_to_go_on(self, player: str) -> None:
+        """End the run, on all ranks alike, because a player's gradients were not finite."""
+        last = checkpoint.steps(self.directory.checkpoints)
+        back = (
+            f"go back to the checkpoint of step {last[-1]}"
+            if last
+            else "there is no checkpoint yet"
+        )
+        raise RuntimeError(
+            f"step {self.step}: the gradients of '{player}' are not finite; {back},"
+            " with a lower learning rate or clip_gradients"
+        )
+
     @property
     def is_last(self) -> bool:
         """Whether no step follows."""
@@ -251,7 +264,10 @@ class Trainer:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this moment (collective)."""
+        """Write a checkpoint of this moment (collective). Refused when the last gradients were not finite."""
+        for player, engine in self.engines.items():
+            if not torch.isfinite(engine.norm):
+                self.refuse_to_go_on(player)
         values = {
             "seconds": self.seconds,
             "meter": self.meter.totals(self.world),

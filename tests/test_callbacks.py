@@ -409,3 +409,25 @@ def test_overfit_learns_its_batches_by_heart(tiny_data: Path, tmp_path: Path) ->
     train(recipe, run_dir=tmp_path / "two", overfit=2, until=5)
     ids = sample_ids(read_trace(tmp_path / "two"))
     assert ids[1] == ids[3] == ids[5] != ids[2] == ids[4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients that are not finite
+
+
+def test_a_run_that_diverges_ends_and_never_saves_it(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="single").set(
+        "optimizer.learning_rate", 1e30
+    )
+    recipe = recipe.set("callbacks", {"checkpoint": {"every": "1 step", "keep": 20}})
+    with pytest.raises(
+        RuntimeError,
+        match="step 3: the gradients of 'model' are not finite; there is no checkpoint yet",
+    ):
+        train(
+            recipe.set("log.every", "3 steps").set("callbacks.checkpoint.every", "9 steps"),
+            run_dir=tmp_path / "a",
+        )
+    with pytest.raises(RuntimeError, match="are not finite; go back to the checkpoint of step 1"):
+        train(recipe.set("log.every", "9 steps"), run_dir=tmp_path / "b")
+    assert checkpoint.steps(tmp_path / "b" / "checkpoints") == [1]

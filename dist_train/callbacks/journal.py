@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ class Journal(Callback):
         if run.world.is_main:
             run.directory.append_row(row)
             run.callbacks.call("logged", run, row)
+        for player in run.engines:
+            if not math.isfinite(means.get(run.named(player, "gradient_norm"), 0.0)):
+                run.refuse_to_go_on(player)
 
     @staticmethod
     def _tokens(run: Trainer, steps_per_second: float) -> dict[str, float]:
