@@ -26,7 +26,6 @@ from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.world import World
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 ZERO_BUCKET = 5_000_000
 """Elements that ZeRO reduces or gathers at once: enough to fill a link, without a buffer of gigabytes."""
 PERSISTENCE_THRESHOLD = 10_000
@@ -63,7 +62,7 @@ def make_engine(
     """Build the engine of one player.
 
     Args:
-        strategy: `{"name": one of STRATEGIES}`, for zero3 also `persistence_threshold`.
+        strategy: `{"name": "single" | "ddp" | "zero1" | "zero2" | "zero3"}`, for zero3 also `persistence_threshold`.
         groups: named parameters -> the optimiser's parameter groups.
         optimizer: parameter groups -> optimiser.
         given: whether this player's gradients are given whole instead of streamed.

@@ -140,28 +140,36 @@ def _judged(gan: Path, classifier: Path) -> dict[str, Any]:
     mean, deviation = float(statistics["mean"][0]), float(statistics["std"][0])
     judged_by = judge.view("ema").model
 
-    def sure(images: Any) -> tuple[float, int]:
+    def sure(images: Any) -> dict[str, Any]:
         with torch.no_grad():
             probability, chosen = judged_by((images - mean) / deviation).softmax(1).max(1)
         shares = torch.bincount(chosen[probability >= CONFIDENT], minlength=10) / len(images)
-        return float(shares.clamp(max=0.1).sum()), int((shares > 0).sum())
+        balanced = float(shares.clamp(max=0.1).sum())
+        return {
+            "balanced": balanced,
+            "raw": float(shares.sum()),
+            "classes": int((shares > 0).sum()),
+        }
 
     randomness.reseed(artist.recipe.seed, artist.step)
     with torch.no_grad():
         drawn = artist.objective.samples(artist.view("ema"), SAMPLES, artist.world.device)[
             "generator"
         ]
-    share, classes = sure(drawn)
-    noise_share, _ = sure(torch.rand_like(drawn))
-    grid = sorted((gan / "samples").glob("*.png"))[-1]
-    text = f"{share:.0%} of samples are sure digits (noise {noise_share:.0%}), {classes} classes"
-    return {
-        "confident": share,
-        "noise": noise_share,
-        "classes": classes,
-        "grid": str(grid),
-        "text": text,
+    real = Shards(data_folder(judge.recipe), "test")
+    pictures = np.stack([real.sample(i)["image"] for i in range(len(real))])
+    judged = {
+        "samples": sure(drawn),
+        "noise": sure(torch.rand_like(drawn)),
+        "real": sure(torch.from_numpy(pictures).to(drawn)[:, None] / 255),
     }
+    share, noise, classes = (
+        judged["samples"]["balanced"],
+        judged["noise"]["balanced"],
+        judged["samples"]["classes"],
+    )
+    text = f"{share:.0%} of samples are sure digits (noise {noise:.0%}), {classes} classes"
+    return {"confident": share, "noise": noise, "classes": classes, "judged": judged, "text": text}
 
 
 def _killed_and_back(recipe: Recipe, root: Path, steps: int, console: Console) -> dict[str, Any]:
