@@ -1,0 +1,175 @@
+"""Checks of a recipe across its keys: players, strategies, rhythms, weights, and the arguments of its parts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+
+from dist_train.duration import Duration, Every
+from dist_train.errors import UserError, nearest
+from dist_train.recipe_sections import as_spec
+from dist_train.settings import short
+
+if TYPE_CHECKING:
+    from dist_train.recipe import Recipe
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+
+
+def check_networks(model: dict[str, Any]) -> None:
+    if isinstance(model.get("name"), str):
+        as_spec(model)
+        return
+    if not model:
+        raise UserError("model: got {}, expected a network {name: ...}, or {player: network}")
+    seen: set[str] = set()
+    for player, value in model.items():
+        if not isinstance(value, dict) or not value:
+            raise UserError(f"model.{player}: got {short(value)}, expected a network {{name: ...}}")
+        nested = isinstance(value.get("name", {}), dict)
+        for network, spec in (value if nested else {player: value}).items():
+            where = f"model.{player}.{network}" if nested else f"model.{player}"
+            if not player.isidentifier() or not network.isidentifier():
+                raise UserError(f"{where}: expected a name of letters, digits and '_'")
+            if network in seen:
+                raise UserError(
+                    f"{where}: the network '{network}' is there twice, expected names that differ"
+                )
+            seen.add(network)
+            try:
+                as_spec(spec)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+
+
+def check_players(recipe: Recipe) -> None:
+    """Whatever is given by player is given for each of them, and for nobody else."""
+    players = recipe.players
+    for key in ("optimizer", "strategy"):
+        value = getattr(recipe, key)
+        if isinstance(value, str) or isinstance(value.get("name"), str):
+            continue
+        for player in value:
+            if player not in players:
+                raise UserError(
+                    f"{key}.{player}: expected a 'name', or one entry for each of the players "
+                    f"{', '.join(players)}{nearest(player, [*players, 'name'])}"
+                )
+        for player in players:
+            if player not in value:
+                raise UserError(
+                    f"{key}.{player}: missing, expected a 'name', or one entry a player"
+                )
+    for player, optimizer in recipe.optimizers.items():
+        try:
+            as_spec(optimizer)
+        except UserError as error:
+            raise UserError(f"optimizer.{player}: {error}") from None
+    for player, strategy in recipe.strategies.items():
+        where = "strategy" if isinstance(recipe.strategy, str) else f"strategy.{player}"
+        if isinstance(recipe.strategy, dict) and "name" in recipe.strategy:
+            where = "strategy"
+        check_strategy(strategy, where)
+    for instance, spec in recipe.callbacks.items():
+        chosen = spec.get("players", []) if isinstance(spec, dict) else []
+        where = f"callbacks.{instance}.players"
+        if not isinstance(chosen, list):
+            raise UserError(f"{where}: got {short(chosen)}, expected a list of players")
+        for player in chosen:
+            if player not in players:
+                raise UserError(
+                    f"{where}: got {short(player)}, expected one of {', '.join(players)}"
+                    + nearest(player, players)
+                )
+    player = Duration.parse(recipe.duration).player
+    if player is not None and player not in players:
+        raise UserError(
+            f"duration: got {short(recipe.duration)}, expected one of the players {', '.join(players)}"
+            + nearest(player, players)
+        )
+
+
+def check_strategy(strategy: Any, where: str) -> None:
+    name = strategy.get("name") if isinstance(strategy, dict) else strategy
+    if name == "auto":
+        raise UserError(f"{where}: auto comes with plan; choose single, ddp, zero1, zero2 or zero3")
+    if name not in STRATEGIES:
+        raise UserError(
+            f"{where}: got {short(name)}, expected one of {', '.join(STRATEGIES)}"
+            + nearest(str(name), STRATEGIES)
+        )
+    known = ["name", "persistence_threshold"] if name == "zero3" else ["name"]
+    for key in strategy:
+        if key not in known:
+            raise UserError(
+                f"{where}.{key}: unknown key, {name} takes {', '.join(known)}{nearest(key, known)}"
+            )
+    threshold = strategy.get("persistence_threshold", 0)
+    if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
+        raise UserError(
+            f"{where}.persistence_threshold: got {short(threshold)}, expected a whole number of elements, 0 or more"
+        )
+
+
+def check_weights(recipe: Recipe, weights: object, where: str) -> None:
+    choices = ["live", *recipe.callbacks]
+    if weights not in choices:
+        raise UserError(
+            f"{where}: got {short(weights)}, expected 'live' or a callback of this recipe"
+            + nearest(str(weights), choices)
+        )
+
+
+def check_every(rhythm: object, where: str) -> None:
+    try:
+        Every.parse(rhythm)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def check_types(part: Any, spec: Mapping[str, Any], where: str, auto: bool) -> None:
+    """Check a spec's values against the annotations of its part, as far as they are plain types."""
+    try:
+        parameters = inspect.signature(part, eval_str=True).parameters
+    except NameError:  # an annotation that only a type checker can see
+        return
+    hints = {
+        name: parameter.annotation
+        for name, parameter in parameters.items()
+        if name != "name" and parameter.annotation is not inspect.Parameter.empty
+    }
+    for key, value in spec.items():
+        if hints.get(key, inspect.Parameter.empty) is inspect.Parameter.empty or (
+            auto and value == "auto"
+        ):
+            continue
+        try:
+            adapter = TypeAdapter(hints[key])
+        except (PydanticSchemaGenerationError, PydanticUserError):
+            continue
+        try:
+            adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError:
+            raise UserError(
+                f"{where}.{key}: got {short(value)}, expected {_type_name(hints[key])}"
+            ) from None
+
+
+def one_parameter() -> list[dict[str, Any]]:
+    """The smallest thing to optimise, for an optimiser that only has to accept its arguments."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    return [{"params": [weight], "names": ["weight"], "weight_decay": 0.0}]
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, type) and not get_args(hint):
+        words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        return words.get(hint, hint.__name__)
+    return re.sub(r"\b\w+\.", "", str(hint))
