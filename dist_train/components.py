@@ -15,6 +15,7 @@ from dist_train.errors import UserError, nearest
 
 CATALOGUE: dict[str, dict[str, str]] = {
     "model": {
+        "lenet": "dist_train.models.lenet:LeNet",
         "resnet": "dist_train.models.resnet:ResNet",
         "transformer": "dist_train.models.transformer:Transformer",
         "conv_generator": "dist_train.models.gan:ConvGenerator",
