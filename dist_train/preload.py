@@ -16,7 +16,7 @@ for kind in ("model", "objective", "optimizer"):
         importlib.import_module(target.partition(":")[0])
 
 if importlib.util.find_spec("deepspeed") is not None:
-    from dist_train.engine import import_deepspeed
+    from dist_train.engine.zero import import_deepspeed
 
     import_deepspeed()
     for name in (

@@ -282,21 +282,22 @@ def parity_grid(cases: list[list[Any]], data: str, folder: str) -> dict[str, Any
 @contextlib.contextmanager
 def planted(bug: str) -> Iterator[None]:
     """Break the engine in a way that people have broken theirs."""
-    from dist_train import engine
+    from dist_train.buckets import Buckets
+    from dist_train.engine.zero import ZeroEngine
 
-    kept = engine.ZeroEngine._stream, engine.Buckets._launch, engine.Buckets.finish
+    kept = ZeroEngine._stream, Buckets._launch, Buckets.finish
     if bug == "wrong loss scale":
 
         def _stream(self: Any, loss: Any, last: bool) -> None:
             kept[0](self, loss / self.world.size, last)
 
-        engine.ZeroEngine._stream = _stream  # type: ignore[method-assign]
+        ZeroEngine._stream = _stream  # type: ignore[method-assign]
     elif bug == "forgotten reduction":
 
         class Done:
             def wait(self) -> None: ...
 
-        engine.Buckets._launch = lambda self: self.work.append(Done())  # type: ignore[method-assign]
+        Buckets._launch = lambda self: self.work.append(Done())  # type: ignore[method-assign]
     elif bug == "local clip norm":
 
         def finish(self: Any) -> None:
@@ -304,12 +305,12 @@ def planted(bug: str) -> Iterator[None]:
                 flat.mul_(torch.clamp(0.5 / self.world.size / flat.norm(), max=1.0))
             kept[2](self)
 
-        engine.Buckets.finish = finish  # type: ignore[method-assign]
-        engine.Buckets._ready = lambda self, index: None  # type: ignore[method-assign]
+        Buckets.finish = finish  # type: ignore[method-assign]
+        Buckets._ready = lambda self, index: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine.ZeroEngine._stream, engine.Buckets._launch, engine.Buckets.finish = kept  # type: ignore[method-assign]
+        ZeroEngine._stream, Buckets._launch, Buckets.finish = kept  # type: ignore[method-assign]
 
 
 def broken_grid(cases: list[list[str]], data: str, folder: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train import buckets, checkpoint, engine, run
+from dist_train import buckets, checkpoint, run
 from dist_train.callbacks import Callback
 from dist_train.engine import Engine, make_engine
 from dist_train.errors import UserError
@@ -477,13 +477,13 @@ def unused(world: World, strategy: str) -> dict[str, Any]:
     """Three turns with parameters that get no gradient, the gradients in buckets of 64 bytes."""
     kept, buckets.BUCKET_BYTES = buckets.BUCKET_BYTES, 64
     launched: list[int] = []
-    launch = engine.Buckets._launch
+    launch = buckets.Buckets._launch
 
     def noted(self: Any) -> None:
         launched.append(self.flat[len(self.work)].numel())
         launch(self)
 
-    engine.Buckets._launch = noted  # type: ignore[method-assign]
+    buckets.Buckets._launch = noted  # type: ignore[method-assign]
     try:
         e = engine_of(strategy, world, Branches(), lambda g: torch.optim.AdamW(g, lr=1e-2))
         gradients = []
@@ -492,7 +492,7 @@ def unused(world: World, strategy: str) -> dict[str, Any]:
             gradients.append(numbers(e.full_gradients()))
             e.step()
     finally:
-        buckets.BUCKET_BYTES, engine.Buckets._launch = kept, launch  # type: ignore[method-assign]
+        buckets.BUCKET_BYTES, buckets.Buckets._launch = kept, launch  # type: ignore[method-assign]
     return {
         "gradients": gradients,
         "weights": numbers(e.full_weights()),

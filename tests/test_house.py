@@ -18,7 +18,7 @@ CODE = ("dist_train", "models", "data_shards", "launch", "benchmarks")
 FOREIGN = {
     "accelerate": {"launch/accelerate.py"},
     "datasets": set(),
-    "deepspeed": {"dist_train/engine.py"},
+    "deepspeed": {"dist_train/engine/zero.py"},
     "matplotlib": {"dist_train/report.py"},
     "mlxtend": {"data_shards/sources.py"},
     "optuna": set(),

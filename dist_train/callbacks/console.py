@@ -135,7 +135,7 @@ def summary(run: Trainer) -> list[Text]:
         ("length", length),
     ]
     for player, engine in run.engines.items():
-        count = sum(parameter.numel() for parameter in engine.skeleton.parameters())
+        count = sum(engine.shape(parameter).numel() for parameter in engine.names.values())
         strategy = recipe.strategies[player]["name"]
         optimizer = recipe.optimizers[player]["name"]
         facts.append((player, f"{count:,} parameters, {strategy}, {optimizer}"))

@@ -1,0 +1,116 @@
+"""One process, or plain data parallelism with buckets of our own (docs/decisions/0001)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.buckets import Buckets
+from dist_train.engine.base import Engine, OptimizerMaker, Slice, materialise
+from dist_train.networks import Player
+from dist_train.world import World
+
+
+class PlainEngine(Engine):
+    """One process, or plain data parallelism: gradients in buckets fixed before the first step, summed over the ranks
+    while the last micro-batch's backward still runs."""
+
+    def __init__(
+        self, player: Player, groups: Any, make: OptimizerMaker, world: World, *, given: bool
+    ) -> None:
+        super().__init__(player, world, given)
+        for tensor in [*self.names.values(), *self.buffers.values()]:
+            world.broadcast_(tensor.data)
+        self.optimizer: Any = make(groups(list(self.trained.items())))
+        materialise(self.optimizer)
+        self.weights = [
+            Slice(name, tuple(p.shape), 0, p.detach().view(-1), replicated=True)
+            for name, p in self.trained.items()
+        ]
+        self.optimizer_state = _slices_of_state(self.trained, self.optimizer.state)
+        self._buckets = Buckets(list(self.trained.values()), world) if world.size > 1 else None
+        self._divides_by_scale = bool(self.optimizer.defaults.get("fused")) and all(
+            p.dtype == torch.float32 for p in self.trained.values()
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def begin_turn(self, index: int = 0) -> None:
+        super().begin_turn(index)
+        if self._buckets:
+            self._buckets.clear()
+        else:
+            for parameter in self.trained.values():
+                parameter.grad = None
+
+    def reduce(self) -> None:
+        if self._buckets:
+            self._buckets.finish()
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad.clone() for name, p in self.trained.items() if p.grad is not None}
+
+    def _publish(self) -> None: ...  # the weights are the live ones
+
+    def _live(self, network: str, *inputs: Any) -> Any:
+        return self.player(network, *inputs)
+
+    def _stream(self, loss: Tensor, last: bool) -> None:
+        if self._buckets:
+            self._buckets.launch_when_ready = last
+        loss.backward()
+
+    def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.trained.values(), gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        norms = torch._foreach_norm(self._buckets.flat if self._buckets else gradients)
+        self.norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self._clip_norm is not None:
+            excess = ((self.norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+            if self._clip_value is None and self._divides_by_scale:
+                self.optimizer.grad_scale = (
+                    excess  # the fused kernel divides by it while it reads the gradients
+                )
+            else:
+                torch._foreach_div_(gradients, excess)
+        if self._clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -self._clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip_value)
+        self.optimizer.step()
+        if self._divides_by_scale:
+            self.optimizer.grad_scale = None
+
+    def _states(self) -> Iterator[dict[str, Any]]:
+        yield from self.optimizer.state.values()
+
+    def _gather_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.names.items()}
+
+
+def _slices_of_state(
+    parameters: Mapping[str, nn.Parameter], state: Mapping[Any, dict[str, Any]]
+) -> dict[str, list[Slice]]:
+    by_kind: dict[str, list[Slice]] = {}
+    for name, parameter in parameters.items():
+        for kind, tensor in state[parameter].items():
+            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape and tensor.dim():
+                part = Slice(name, tuple(parameter.shape), 0, tensor.view(-1), replicated=True)
+                by_kind.setdefault(kind, []).append(part)
+    return by_kind

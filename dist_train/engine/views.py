@@ -1,0 +1,129 @@
+"""What a turn sees of a player's networks: live, as frozen views, or in evaluation mode (law 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_train.errors import UserError
+from dist_train.networks import Player
+
+
+class Views:
+    """Functions of a player's networks and of weights that are passed in, so that no hook of an engine ever fires.
+
+    Args:
+        gather: gives the present weights by name, whole; asked once a turn at most.
+        trained: the names of the weights that the player's own turn differentiates.
+    """
+
+    def __init__(
+        self,
+        player: Player,
+        buffers: dict[str, Tensor],
+        trained: Iterable[str],
+        gather: Callable[[], dict[str, Tensor]],
+    ) -> None:
+        self._skeleton, self._evaluation = player.skeleton(), player.skeleton().eval()
+        self._aliases = _aliases(player)
+        self._buffers, self._trained, self._gather = buffers, list(trained), gather
+        self.forget()
+
+    def forget(self) -> None:
+        """The weights have changed."""
+        self._weights: dict[str, Tensor] | None = None
+        self._leaves: dict[str, Tensor] | None = None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The present weights by name, whole and detached."""
+        if self._weights is None:
+            self._weights = self._gather()
+        return self._weights
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The trained weights as leaves, by whose gradients this player's `given` turn goes."""
+        if self._leaves is None:
+            self._leaves = {n: self.weights[n].detach().requires_grad_() for n in self._trained}
+        return self._leaves
+
+    def given(self, network: str) -> Callable[..., Any]:
+        """The network as its own turn sees it where gradients are given: of the leaves, and changing the buffers."""
+        return self._call(self._skeleton, network, {**self.weights, **self.leaves, **self._buffers})
+
+    def frozen(self, network: str) -> Callable[..., Any]:
+        """The network as other players' turns see it: gradients flow through it to its input, nothing reaches or
+        changes the network (running statistics are copies)."""
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return self._call(self._skeleton, network, {**self.weights, **buffers})
+
+    def evaluated(
+        self, network: str, weights: Mapping[str, Tensor] | None = None
+    ) -> Callable[..., Any]:
+        """The network in evaluation mode, with the present weights or those given (names as in `full_weights`)."""
+        source = self.weights if weights is None else weights
+        return self._call(self._evaluation, network, {**self._buffers, **source})
+
+    def _call(
+        self, skeleton: Player, network: str, by_name: Mapping[str, Tensor]
+    ) -> Callable[..., Any]:
+        tensors = {alias: by_name[name] for alias, name in self._aliases.items()}
+
+        def call(*inputs: Any) -> Any:
+            return torch.func.functional_call(skeleton, tensors, (network, *inputs))
+
+        return call
+
+
+def single_backward(live: Callable[..., Any]) -> Callable[..., Any]:
+    """A live network that refuses a double backward, whose gradients a hook would get wrong."""
+
+    def call(*inputs: Any) -> Any:
+        output = live(*inputs)
+        _for_each_tensor(output, _refuse_double_backward)
+        return output
+
+    return call
+
+
+def plain_name(name: str) -> str:
+    """A player's name for a tensor: `net.0.weight`."""
+    return name.removeprefix("networks.")
+
+
+def _aliases(player: Player) -> dict[str, str]:
+    """{every path to a parameter or buffer: its one name}; a tied tensor has several paths."""
+    names: dict[int, str] = {}
+    aliases = {}
+    for named in (player.named_parameters, player.named_buffers):
+        for path, tensor in named(remove_duplicate=False):
+            aliases[path] = names.setdefault(id(tensor), plain_name(path))
+    return aliases
+
+
+def _for_each_tensor(output: Any, function: Callable[[Tensor], None]) -> None:
+    if isinstance(output, Tensor):
+        function(output)
+    elif isinstance(output, tuple | list):
+        for part in output:
+            _for_each_tensor(part, function)
+    elif isinstance(output, dict):
+        for part in output.values():
+            _for_each_tensor(part, function)
+
+
+def _refuse_double_backward(output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(_check_single_backward)
+
+
+def _check_single_backward(gradient: Tensor) -> None:
+    if torch.is_grad_enabled():  # within backward this is so only under create_graph=True
+        raise UserError(
+            "objective: a gradient of a gradient was asked of a player whose gradients are streamed;"
+            " name the player in the objective's `given`"
+        )

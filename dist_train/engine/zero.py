@@ -1,0 +1,243 @@
+"""DeepSpeed ZeRO: the only file that knows it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.engine.base import Engine, OptimizerMaker, Slice, materialise
+from dist_train.errors import UserError
+from dist_train.networks import Player
+from dist_train.world import World
+
+ZERO_BUCKET = 5_000_000
+"""Elements that ZeRO reduces or gathers at once: enough to fill a link, without a buffer of gigabytes."""
+PERSISTENCE_THRESHOLD = 10_000
+"""ZeRO-3 keeps parameters of at most so many elements (norms, biases) whole on every rank."""
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO stage 1, 2 or 3, through the interface that docs/decisions/0002 explains."""
+
+    def __init__(
+        self,
+        player: Player,
+        groups: Any,
+        make: OptimizerMaker,
+        world: World,
+        given: bool,
+        stage: int,
+        strategy: Mapping[str, Any],
+        micro_batches: int,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        super().__init__(player, world, given)
+        self.stage, self.deepspeed = stage, deepspeed
+        for buffer in self.buffers.values():
+            world.broadcast_(buffer.data)
+        optimizer = make(groups(list(self.trained.items())))
+        optimizer.register_step_pre_hook(self._clamp_owned_gradients)
+        self.engine, *_ = deepspeed.initialize(
+            model=player,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # counted by us; DeepSpeed only wants a number
+                "gradient_accumulation_steps": 1 if given else micro_batches,
+                "gradient_clipping": 0.0,
+                "steps_per_print": sys.maxsize,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {
+                    "stage": stage,
+                    "reduce_bucket_size": ZERO_BUCKET,
+                    "allgather_bucket_size": ZERO_BUCKET,
+                    "stage3_param_persistence_threshold": strategy.get(
+                        "persistence_threshold", PERSISTENCE_THRESHOLD
+                    ),
+                },
+            },
+        )
+        self.zero = self.engine.optimizer
+        self._sum: list[Tensor | None] | None = None
+        self._turn = 0
+        self._came: list[int] = []  # in which order this turn's gradients came
+        self._orders: dict[int, list[int]] = {}
+        if not given and stage < 3 and world.size > 1:
+            for index, parameter in enumerate(self.trained.values()):
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _, index=index: self._came.append(index)
+                )
+        self._materialise()
+        self._slice_state()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.zero.optimizer.param_groups
+
+    def begin_turn(self, index: int = 0) -> None:
+        super().begin_turn(index)
+        self._sum = None
+        self._turn, self._came = index, []
+
+    def reduce(self) -> None:
+        if self.given:
+            assert self._sum is not None
+            with self._whole():
+                pairs = zip(self.trained.values(), self._sum, strict=True)
+                # whose gradient is the one given; every parameter has a part in it, also one that only other
+                # ranks used: DeepSpeed needs the same gradients in the same order on every rank
+                surrogate = [(p * (0.0 if g is None else g)).sum() for p, g in pairs]
+                self._stream(torch.stack(surrogate).sum(), last=True)
+            return
+        if self._turn not in self._orders:
+            orders = self.world.gather(self._came)
+            self._orders[self._turn] = orders[0] if all(o == orders[0] for o in orders) else []
+        if self._came != self._orders[self._turn]:
+            raise UserError(f"strategy: zero{self.stage}: {_OTHER_ORDER}")
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(p).clone() for name, p in self.trained.items()}
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for index in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(index)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def _live(self, network: str, *inputs: Any) -> Any:
+        return self.engine(network, *inputs)
+
+    def _stream(self, loss: Tensor, last: bool) -> None:
+        # DeepSpeed averages over the ranks; times the world size that mean is the sum that weighted losses need
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # counts the micro-batch; it updates nothing before the last
+
+    def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
+        # summed over this rank's micro-batches first: given one by one, ZeRO-3 gets them silently wrong
+        if self._sum is None:
+            self._sum = list(gradients)
+            return
+        for index, gradient in enumerate(gradients):
+            total = self._sum[index]
+            if gradient is not None:
+                self._sum[index] = gradient if total is None else total.add_(gradient)
+
+    def _update(self) -> None:
+        self.zero.clip_grad = self._clip_norm or 0.0
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        self.norm = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32).detach()
+
+    def _clamp_owned_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._clip_value is None:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-self._clip_value, self._clip_value)
+
+    def _states(self) -> Iterator[dict[str, Any]]:
+        yield from self.zero.optimizer.state.values()
+
+    def _whole(self) -> Any:
+        if self.stage < 3:
+            return torch.enable_grad()
+        return self.deepspeed.zero.GatheredParameters(list(self.names.values()))
+
+    def _gather_weights(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return {name: p.detach() for name, p in self.names.items()}
+        with self._whole():
+            return {name: p.detach().clone() for name, p in self.names.items()}
+
+    def _flat_partitions(self) -> list[tuple[int, nn.Parameter]]:
+        """This rank's flat fp32 weights, each with the index of its parameter group."""
+        if self.stage < 3:
+            return list(enumerate(self.zero.single_partition_of_fp32_groups))
+        groups = self.zero.sub_group_to_group_id
+        return [(groups[i], flat) for i, flat in enumerate(self.zero.fp32_partitioned_groups_flat)]
+
+    def _materialise(self) -> None:
+        optimizer = self.zero.optimizer
+        for index, flat in self._flat_partitions():
+            kept = [group["params"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["params"] = []
+            optimizer.param_groups[index]["params"] = [flat]
+            materialise(optimizer)
+            for group, parameters in zip(optimizer.param_groups, kept, strict=True):
+                group["params"] = parameters
+
+    def _slice_state(self) -> None:
+        """Find this rank's range of every parameter in the flat partitions, as views."""
+        self.weights, self.optimizer_state = [], {}
+        for name, parameter in self.trained.items():
+            place = self._place(parameter)
+            if place is None:
+                continue
+            flat, offset, start, count = place
+            shape = tuple(self.shape(parameter))
+            self.weights.append(Slice(name, shape, start, flat.detach()[offset : offset + count]))
+            for kind, tensor in self.zero.optimizer.state[flat].items():
+                if isinstance(tensor, Tensor) and tensor.shape == flat.shape:
+                    part = Slice(name, shape, start, tensor[offset : offset + count])
+                    self.optimizer_state.setdefault(kind, []).append(part)
+
+    def _place(self, parameter: Any) -> tuple[nn.Parameter, int, int, int] | None:
+        """(flat partition, offset in it, first element of the parameter, how many); None where this rank has none."""
+        if self.stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            group = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+            return group, here.start, there.start, here.numel
+        group, offset, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = min(count * self.world.rank, parameter.ds_numel)
+        count = min(count, parameter.ds_numel - start)  # the last ranks' partitions are padded
+        return (
+            (self.zero.fp32_partitioned_groups_flat[group], offset, start, count) if count else None
+        )
+
+
+_OTHER_ORDER = (
+    "this rank used other parameters, or in another order, than the other ranks or than before,"
+    " and DeepSpeed would add up the wrong ones; name the player in the objective's `given`, or choose ddp"
+)
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed set up for this machine, or say how to install it."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "strategy: ZeRO needs DeepSpeed: DS_BUILD_OPS=0 pip install 'dist-train[zero]'"
+        ) from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed 0.19 still calls collectives by names that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+. is deprecated", FutureWarning)
+    # its shared-memory collectives would be compiled at run time, and a process killed meanwhile leaves a lock on which
+    # every later run hangs (FACTS: an undocumented switch, which tests/test_engine.py holds on to)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
