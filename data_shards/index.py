@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from dist_train.errors import UserError, nearest
 
 VERSION = 1
 SURVEYED = 20_000
-"""At most this many images of the training split, evenly spread, are read for their statistics."""
+"""At most this many samples of the training split, evenly spread, are read for their statistics."""
+WIDEST = 4096
+"""Float arrays with a longer last axis have no statistics."""
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -312,7 +315,7 @@ def _survey_tokens(index: Index, splits: dict[str, Any], spec: Field) -> None:
 
 
 def _survey_arrays(index: Index, shards: Any, spec: Field) -> None:
-    """Shapes, and of images the mean and standard deviation per channel, in units where white is 1."""
+    """Shapes, and mean and deviation: of images per channel where white is 1, of floats along their last axis."""
     shapes: set[tuple[int, ...]] = set()
     ids = np.linspace(0, len(shards) - 1, min(len(shards), SURVEYED)).astype(np.int64).tolist()
     for i in ids:
@@ -322,21 +325,37 @@ def _survey_arrays(index: Index, shards: Any, spec: Field) -> None:
     spec.shape = [
         sizes.pop() if len(sizes) == 1 else None for sizes in map(set, zip(*shapes, strict=True))
     ]
-    if spec.kind != "image":
-        return
-    if len(spec.shape) == 3 and spec.shape[2] is None:
-        spec.shape[2] = 3  # grey and colour pictures mixed: read all as colour
-    count, total, squares = 0, np.int64(0), np.int64(0)
-    for i in ids:
-        image = shards.value(i, spec.name).astype(np.int64)
-        flat = image.reshape(image.shape[0] * image.shape[1], -1)  # (H * W, C)
-        count += len(flat)
-        total, squares = total + flat.sum(0), squares + np.square(flat).sum(0)
-    mean = np.atleast_1d(total / count)
-    deviation = np.sqrt(np.maximum(np.atleast_1d(squares / count) - mean**2, 0))
-    index.statistics[spec.name] = {
-        "mean": [round(float(value) / 255, 8) for value in mean],
-        "std": [round(float(value) / 255, 8) for value in deviation],
+    values = (shards.value(i, spec.name) for i in ids)
+    if spec.kind == "image":
+        if len(spec.shape) == 3 and spec.shape[2] is None:
+            spec.shape[2] = 3  # grey and colour pictures mixed: read all as colour
+        channels = len(spec.shape) == 3
+        columns = (image.reshape(-1, image.shape[2] if channels else 1) for image in values)
+        index.statistics[spec.name] = _statistics(columns, unit=255)
+    elif np.dtype(spec.dtype).kind == "f":
+        width = spec.shape[-1] if spec.shape else 1
+        if width is not None and 0 < width <= WIDEST:
+            columns = (array.reshape(-1, width) for array in values)
+            index.statistics[spec.name] = _statistics(columns, unit=1)
+
+
+def _statistics(columns: Iterable[np.ndarray], unit: int) -> dict[str, list[float]]:
+    """Mean and deviation of each of C columns, to 9 digits, over arrays (n, C) one after the other (Chan 1979)."""
+    count, mean, squares = 0, np.float64(0), np.float64(0)
+    for block in columns:
+        rows = block.astype(np.float64)
+        if not len(rows):
+            continue
+        own = rows.mean(0)
+        step, total = own - mean, count + len(rows)
+        squares = (
+            squares + np.square(rows - own).sum(0) + np.square(step) * count * len(rows) / total
+        )
+        mean, count = mean + step * len(rows) / total, total
+    deviation = np.sqrt(np.atleast_1d(squares) / max(count, 1))
+    return {
+        "mean": [float(f"{value / unit:.9g}") for value in np.atleast_1d(mean)],
+        "std": [float(f"{value / unit:.9g}") for value in deviation],
     }
 
 

@@ -1,12 +1,13 @@
-"""Random changes to images, each a pure function of (sample, generator)."""
+"""Changes to a sample, each a pure function of (sample, generator)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, nearest
 
 Sample = dict[str, Any]
 
@@ -52,3 +53,28 @@ class HorizontalFlip:
         if rng.random() >= self.probability:
             return sample
         return {**sample, "image": sample["image"][:, ::-1]}
+
+
+class Standardise:
+    """Give float fields mean 0 and deviation 1, by the `statistics` of the training split that the index holds."""
+
+    def __init__(
+        self, fields: Sequence[str], statistics: Mapping[str, Mapping[str, Sequence[float]]]
+    ) -> None:
+        for name in fields:
+            if name not in statistics:
+                known = ", ".join(statistics) or "none"
+                raise UserError(
+                    f"standardise: the index has no statistics of '{name}'{nearest(name, statistics)} (it has {known})"
+                )
+        self.moments = {
+            name: (
+                np.array(statistics[name]["mean"], np.float32),
+                np.array([value or 1.0 for value in statistics[name]["std"]], np.float32),
+            )
+            for name in fields
+        }
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        changed = {name: (sample[name] - mean) / std for name, (mean, std) in self.moments.items()}
+        return {**sample, **changed}

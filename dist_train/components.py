@@ -59,11 +59,14 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "transform": {
         "random_crop": "dist_train.data_shards.transforms:RandomCrop",
         "horizontal_flip": "dist_train.data_shards.transforms:HorizontalFlip",
+        "standardise": "dist_train.data_shards.transforms:Standardise",
     },
     "source": {
-        "mnist5k": "dist_train.data_shards.sources:mnist5k",
-        "digits": "dist_train.data_shards.sources:digits",
-        "python-text": "dist_train.data_shards.sources:python_text",
+        "diabetes": "dist_train.data_shards.sources.named.scikit_learn:diabetes",
+        "digits": "dist_train.data_shards.sources.named.scikit_learn:digits",
+        "fashion-mnist": "dist_train.data_shards.sources.named.fashion_mnist:fashion_mnist",
+        "mnist5k": "dist_train.data_shards.sources.named.mnist5k:mnist5k",
+        "python-text": "dist_train.data_shards.sources.named.python_text:python_text",
     },
 }
 

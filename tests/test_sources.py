@@ -1,0 +1,168 @@
+"""Sources: what arrives in the shards is what the source holds."""
+
+import gzip
+import hashlib
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_train.data_shards.loader import training_batches
+from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sources import cache, pack
+from dist_train.data_shards.sources.idx import read_idx, write_idx
+from dist_train.data_shards.transforms import Standardise
+from dist_train.errors import UserError
+
+
+def error(pattern: str):
+    return pytest.raises(UserError, match=pattern)
+
+
+# --- fetched and kept ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_files_are_fetched_once_and_checked(kept: Path) -> None:
+    calls = []
+
+    def fetch(folder: Path) -> None:
+        calls.append(folder)
+        (folder / "a").write_bytes(b"content")
+
+    digests = {"a": hashlib.sha256(b"content").hexdigest()}
+    assert cache.cached("set", digests, fetch) == kept / "set"
+    assert cache.cached("set", digests, fetch) == kept / "set"
+    assert len(calls) == 1 and [path.name for path in kept.iterdir()] == ["set"]
+    (kept / "set" / "a").write_bytes(b"contenT")
+    with error(f"set/a: SHA-256 .*expected {digests['a']}"):
+        cache.cached("set", digests, fetch)
+    with error("other/a: SHA-256|other-.*/a: SHA-256"):
+        cache.cached("other", {"a": "0" * 64}, fetch)
+    with error("b: missing"):
+        cache.cached("third", {"b": "0" * 64}, fetch)
+    assert [path.name for path in kept.iterdir()] == ["set"]
+
+
+def test_several_fetch_at_once(kept: Path) -> None:
+    def fetch(folder: Path) -> None:
+        (folder / "a").write_bytes(b"content")
+
+    digests = {"a": hashlib.sha256(b"content").hexdigest()}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: cache.cached("set", digests, fetch), range(4)))
+    assert found == [kept / "set"] * 4 and [path.name for path in kept.iterdir()] == ["set"]
+
+
+def test_every_way_that_failed_is_named() -> None:
+    def fails(reason: str):
+        def way() -> None:
+            raise UserError(reason)
+
+        return way
+
+    with error("a set cannot be had; here: not there; there: not here"):
+        cache.first_of("a set", {"here": fails("not there"), "there": fails("not here")})
+    cache.first_of("a set", {"here": fails("not there"), "there": lambda: None})
+
+
+def test_a_debian_package_is_unpacked_where_it_is_wanted(tmp_path: Path, monkeypatch) -> None:
+    """With an `apt-get` that gives a package made here."""
+    from dist_train.data_shards.sources.debian import unpack_package
+
+    if subprocess.run(["sh", "-c", "command -v dpkg-deb"], capture_output=True).returncode:
+        pytest.skip("no dpkg-deb")
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: tiny\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: tiny\n"
+    )
+    (tree / "usr").mkdir()
+    (tree / "usr" / "data").write_text("content")
+    subprocess.run(["dpkg-deb", "-b", tree, tmp_path / "tiny.deb"], check=True, capture_output=True)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "apt-get").write_text(f'#!/bin/sh\ncp "{tmp_path}/tiny.deb" "$PWD/$2_1.deb"\n')
+    (tools / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    root = unpack_package("tiny", tmp_path / "out")
+    assert (root / "usr" / "data").read_text() == "content"
+    (tools / "apt-get").write_text(
+        '#!/bin/sh\necho "E: Unable to locate package $2" >&2\nexit 100\n'
+    )
+    monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
+    with error("apt-get .*: E: Unable to locate"):
+        unpack_package("tiny", tmp_path / "out2")
+
+
+# --- IDX -------------------------------------------------------------------------------------------------------------
+
+
+def test_idx(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
+    path = tmp_path / "images-idx3-ubyte"
+    write_idx(path, images)
+    content = path.read_bytes()
+    assert content[:16] == bytes([0, 0, 8, 3, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 5])
+    assert np.array_equal(read_idx(path), images)
+    zipped = tmp_path / "images.gz"
+    zipped.write_bytes(gzip.compress(content))
+    assert np.array_equal(read_idx(zipped), images)
+    path.write_bytes(bytes([0, 0, 13, 1, 0, 0, 0, 2]) + np.array([1.5, -2], ">f4").tobytes())
+    assert read_idx(path).tolist() == [1.5, -2] and read_idx(path).dtype == np.float32
+    for cut in (0, 2, 3, 4, 10, 15, 16, 30, len(content) - 1):
+        path.write_bytes(content[:cut])
+        with error("images-idx3-ubyte: .*(not an IDX|needs 60 bytes)"):
+            read_idx(path)
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+
+def test_diabetes_is_standardised_by_the_statistics_of_the_index(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    index = pack("diabetes", tmp_path / "diabetes")
+    features, target = datasets.load_diabetes(return_X_y=True, scaled=False)
+    train = Shards(tmp_path / "diabetes", "train")
+    ids = [int(train.key(i)) for i in range(len(train))]
+    assert np.array_equal(train.column("features", np.arange(len(ids))), np.float32(features[ids]))
+    assert np.array_equal(
+        train.column("target", np.arange(len(ids)))[:, 0], np.float32(target[ids])
+    )
+    assert sum(index.samples(split) for split in index.splits) == len(features)
+    batches = training_batches(
+        train,
+        seed=0,
+        global_batch=len(train),
+        micro_batch=len(train),
+        transforms=[Standardise(["features", "target"], index.statistics)],
+    )
+    for field in ("features", "target"):
+        values = batches.batch(0)[0][field].double().numpy()
+        assert np.abs(values.mean(0)).max() < 1e-5 and np.abs(values.std(0) - 1).max() < 1e-5
+    with error("no statistics of 'feature', did you mean 'features'"):
+        Standardise(["feature"], index.statistics)
+
+
+def test_statistics_are_those_of_numpy(tmp_path: Path) -> None:
+    from dist_train.data_shards.write import write_shards
+
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(1e4, 1, (int(n), 3)).astype(np.float32) for n in rng.integers(0, 5, 40)]
+    write_shards(
+        tmp_path / "x",
+        "x",
+        [("train", str(i), {"a.npy": a, "s.npy": np.float64(i)}) for i, a in enumerate(arrays)],
+    )
+    index = Shards(tmp_path / "x", "train").index
+    rows = np.concatenate(arrays).astype(np.float64)
+    assert index.statistics["a"]["mean"] == pytest.approx(rows.mean(0), rel=1e-8)
+    assert index.statistics["a"]["std"] == pytest.approx(rows.std(0), rel=1e-6)
+    assert index.statistics["s"] == {"mean": [19.5], "std": [pytest.approx(np.arange(40).std())]}
