@@ -154,10 +154,11 @@ class Index:
                 known["channels"] = known["in_channels"] = spec.shape[2] if spec.shape[2:] else 1
                 if spec.shape[0] is not None and spec.shape[0] == spec.shape[1]:
                     known["image_size"] = spec.shape[0]
+                    known["in_features"] = spec.shape[0] ** 2 * known["channels"]
             if spec.kind == "tokens" and spec.shape is not None and spec.shape[0] is not None:
                 known["max_length"] = spec.shape[0] - 1
         if self.classes:
-            known["num_classes"] = len(self.classes)
+            known["num_classes"] = known["num_outputs"] = len(self.classes)
         if self.vocabulary is not None:
             known["vocab_size"] = self.vocabulary
         return known

@@ -15,8 +15,12 @@ from dist_train.errors import UserError, nearest
 
 CATALOGUE: dict[str, dict[str, str]] = {
     "model": {
+        "mlp": "dist_train.models.mlp:MLP",
         "lenet": "dist_train.models.lenet:LeNet",
+        "alexnet": "dist_train.models.alexnet:AlexNet",
+        "vgg": "dist_train.models.vgg:VGG",
         "resnet": "dist_train.models.resnet:ResNet",
+        "resnet_imagenet": "dist_train.models.resnet:ImageNetResNet",
         "transformer": "dist_train.models.transformer:Transformer",
         "conv_generator": "dist_train.models.gan:ConvGenerator",
         "conv_critic": "dist_train.models.gan:ConvCritic",

@@ -75,7 +75,9 @@ def test_index_describes_the_data(folder: Path) -> None:
         "channels": 1,
         "in_channels": 1,
         "image_size": 4,
+        "in_features": 16,
         "num_classes": 3,
+        "num_outputs": 3,
     }
     assert index.statistics["image"]["mean"] == pytest.approx([images.mean()], abs=1e-7)
     assert index.statistics["image"]["std"] == pytest.approx([images.std()], abs=1e-7)
@@ -499,7 +501,9 @@ def test_image_folder(tmp_path: Path) -> None:
             pixels = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
             image.fromarray(pixels).convert(mode).save(path)
     index = pack(tmp_path / "pets", tmp_path / "out")
-    assert index.describe() == {"channels": 3, "in_channels": 3, "image_size": 5, "num_classes": 2}
+    assert index.describe()["channels"] == index.describe()["in_channels"] == 3
+    assert index.describe()["image_size"] == 5
+    assert index.describe()["in_features"] == 75
     assert {split: index.samples(split) for split in index.splits} == {
         "train": 4,
         "validation": 2,
