@@ -25,7 +25,8 @@ from torch import nn
 from dist_train import run
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.data_shards.write import write_shards
-from dist_train.optimizers import adamw, parameter_groups
+from dist_train.optimizers import adamw
+from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.trainer import Trainer

@@ -34,6 +34,10 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "sgd": "dist_train.optimizers:sgd",
         "adam": "dist_train.optimizers:adam",
         "adamw": "dist_train.optimizers:adamw",
+        "rmsprop": "dist_train.optimizers:rmsprop",
+        "adagrad": "dist_train.optimizers:adagrad",
+        "adafactor": "dist_train.optimizers:adafactor",
+        "muon": "dist_train.optimizers:muon",
     },
     "schedule": {
         "constant": "dist_train.schedules:constant",

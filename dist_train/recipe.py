@@ -32,6 +32,7 @@ from dist_train.recipe_sections import (
     Data,
     DurationText,
     Evaluate,
+    GroupSettings,
     Log,
     Section,
     Spec,
@@ -164,7 +165,27 @@ class Recipe(Section):
 
     @property
     def optimizers(self) -> dict[str, dict[str, Any]]:
-        """{player: spec}; one spec serves all players."""
+        """{player: spec}, without what `group_settings` has; one spec serves all players."""
+        return {
+            player: {k: v for k, v in spec.items() if k not in GroupSettings.model_fields}
+            for player, spec in self._whole_optimizers().items()
+        }
+
+    @property
+    def group_settings(self) -> dict[str, GroupSettings]:
+        """{player: what its optimiser's `groups` and `l1` say}."""
+        settings = {}
+        shared = isinstance(self.optimizer.get("name"), str)
+        for player, spec in self._whole_optimizers().items():
+            where = "optimizer" if shared else f"optimizer.{player}"
+            given = {k: v for k, v in spec.items() if k in GroupSettings.model_fields}
+            try:
+                settings[player] = GroupSettings(**given)
+            except ValidationError as error:
+                raise UserError(f"{where}.{explain(error, GroupSettings)}") from None
+        return settings
+
+    def _whole_optimizers(self) -> dict[str, dict[str, Any]]:
         shared = isinstance(self.optimizer.get("name"), str)
         return {
             player: self.optimizer if shared else self.optimizer[player] for player in self.players

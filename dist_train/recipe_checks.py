@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dist_train.recipe import Recipe
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+WHOLE_TENSORS = ("adafactor", "muon")
+"""Optimisers whose update of an element depends on the rest of its tensor."""
 
 
 def check_networks(model: dict[str, Any]) -> None:
@@ -75,6 +77,13 @@ def check_players(recipe: Recipe) -> None:
         if isinstance(recipe.strategy, dict) and "name" in recipe.strategy:
             where = "strategy"
         check_strategy(strategy, where)
+        optimizer = recipe.optimizers[player]["name"]
+        if optimizer in WHOLE_TENSORS and strategy["name"].startswith("zero"):
+            raise UserError(
+                f"{where}: got {strategy['name']}, which cuts tensors into flat pieces, but optimizer"
+                f" '{optimizer}' needs each whole; choose single or ddp, or another optimizer"
+            )
+    assert recipe.group_settings.keys() == set(players)  # raises what is wrong in them
     for instance, spec in recipe.callbacks.items():
         chosen = spec.get("players", []) if isinstance(spec, dict) else []
         where = f"callbacks.{instance}.players"

@@ -15,6 +15,8 @@ def _field_at(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[type[BaseMo
     section: type[BaseModel] | None = root
     description = "a recipe"
     for key in path:
+        if isinstance(key, int):  # a position in a list of sections
+            continue
         field = section.model_fields.get(key) if section is not None else None
         section = None
         if field is not None:

@@ -126,6 +126,30 @@ class Evaluate(Section):
         return self
 
 
+class Group(Section):
+    """Settings of the parameters whose names match."""
+
+    match: str = Field(min_length=1, description="a pattern of parameter names, like 'stem.*'")
+    frozen: bool = Field(False, description="true or false")
+    learning_rate_scale: float = Field(1.0, ge=0, description="a number, 0 or more")
+    weight_decay: float | None = Field(None, ge=0, description="a number, 0 or more")
+    l1: float | None = Field(None, ge=0, description="a number, 0 or more")
+
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        if self.frozen and self.model_fields_set - {"match", "frozen"}:
+            others = sorted(self.model_fields_set - {"match", "frozen"})
+            raise UserError(f"frozen: got true with {', '.join(others)}, which then have no effect")
+        return self
+
+
+class GroupSettings(Section):
+    """What every optimiser takes beside its own arguments."""
+
+    groups: list[Group] = Field(default=[], description="a list [{match: ..., settings}]")
+    l1: float = Field(0.0, ge=0, description="a number, 0 or more")
+
+
 class Log(Section):
     """When a row is written."""
 

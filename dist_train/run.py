@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from dist_train.errors import CheckpointError, UserError
 from dist_train.metrics import Metric
 from dist_train.networks import Player
 from dist_train.objectives import Objective
-from dist_train.optimizers import parameter_groups
+from dist_train.parameter_groups import assign, heed_groups, parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory, environment
 from dist_train.trainer import Trainer
@@ -200,11 +201,17 @@ def build(
     for player, modules in networks.items():
         spec = recipe.optimizers[player]
 
-        def groups(named: Any, spec: dict[str, Any] = spec) -> Any:
-            return parameter_groups(named, spec.get("weight_decay", 0.0))
+        settings = recipe.group_settings[player]
+        groups = partial(
+            parameter_groups,
+            weight_decay=spec.get("weight_decay", 0.0),
+            settings=settings,
+            rule_of=assign(modules, settings),
+        )
 
         def optimizer(groups: Any, spec: dict[str, Any] = spec, player: str = player) -> Any:
-            return components.build("optimizer", spec, f"optimizer of {player}", groups=groups)
+            where = f"optimizer of {player}"
+            return heed_groups(components.build("optimizer", spec, where, groups=groups))
 
         engines[player] = make_engine(
             recipe.strategies[player],

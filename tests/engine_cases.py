@@ -24,7 +24,7 @@ from dist_train.callbacks import Callback
 from dist_train.engine import Engine, make_engine
 from dist_train.errors import UserError
 from dist_train.networks import Player
-from dist_train.optimizers import parameter_groups
+from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.world import World, pin_threads
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import UserError
-from dist_train.optimizers import adam, adamw, parameter_groups, sgd
+from dist_train.optimizers import adam, adamw, sgd
+from dist_train.parameter_groups import parameter_groups
 
 RATE = 0.05
 
