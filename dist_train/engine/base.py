@@ -162,7 +162,7 @@ class Engine(ABC):
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
         """All tensors that make up this player's state, by the names that a checkpoint gives them."""
-        for part in self.weights:
+        for part in [*self.weights, *self._frozen_slices()]:
             yield f"weights/{part.name}", part
         for kind, parts in self.optimizer_state.items():
             for part in parts:
@@ -170,6 +170,13 @@ class Engine(ABC):
         for name, buffer in self.buffers.items():
             part = Slice(name, tuple(buffer.shape), 0, buffer.view(-1), replicated=True)
             yield f"buffers/{name}", part
+
+    def _frozen_slices(self) -> Iterator[Slice]:
+        """The weights that nobody updates."""
+        for name, parameter in self.names.items():
+            if name not in self.trained:
+                flat = parameter.detach().view(-1)
+                yield Slice(name, tuple(parameter.shape), 0, flat, replicated=True)
 
     def optimizer_steps(self) -> float:
         """How many updates the optimiser has made, as it counts them for its bias correction."""

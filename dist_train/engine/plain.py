@@ -110,7 +110,7 @@ def _slices_of_state(
     by_kind: dict[str, list[Slice]] = {}
     for name, parameter in parameters.items():
         for kind, tensor in state[parameter].items():
-            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape and tensor.dim():
-                part = Slice(name, tuple(parameter.shape), 0, tensor.view(-1), replicated=True)
+            if isinstance(tensor, Tensor) and kind != "step":  # which `optimizer_steps` has
+                part = Slice(name, tuple(tensor.shape), 0, tensor.view(-1), replicated=True)
                 by_kind.setdefault(kind, []).append(part)
     return by_kind

@@ -152,6 +152,18 @@ class ZeroEngine(Engine):
                 if parameter.grad is not None:
                     parameter.grad.clamp_(-self._clip_value, self._clip_value)
 
+    def _frozen_slices(self) -> Iterator[Slice]:
+        if self.stage < 3:
+            yield from super()._frozen_slices()
+            return
+        for name, parameter in self.names.items():
+            if name not in self.trained:
+                mine: Any = parameter
+                start = min(mine.ds_tensor.numel() * self.world.rank, mine.ds_numel)
+                flat = mine.ds_tensor.detach()[: mine.ds_numel - start]
+                if flat.numel():
+                    yield Slice(name, tuple(mine.ds_shape), start, flat)
+
     def _states(self) -> Iterator[dict[str, Any]]:
         yield from self.zero.optimizer.state.values()
 
