@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Groups = list[dict[str, Any]]
 
+ANY = "*"
+"""The name of a parameter that stands for whatever a network may have, when a recipe is checked without one."""
+
 
 def assign(
     networks: Mapping[str, nn.Module], settings: GroupSettings, where: str = "optimizer"
@@ -52,7 +55,7 @@ def assign(
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern like `stem.*` is the name NETWORK.NAME of a parameter, or its part within the network."""
-    return fnmatchcase(name, pattern) or fnmatchcase(within_network(name), pattern)
+    return name == ANY or fnmatchcase(name, pattern) or fnmatchcase(within_network(name), pattern)
 
 
 def within_network(name: str) -> str:

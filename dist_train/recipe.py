@@ -168,7 +168,7 @@ class Recipe(Section):
         """{player: spec}, without what `group_settings` has; one spec serves all players."""
         return {
             player: {k: v for k, v in spec.items() if k not in GroupSettings.model_fields}
-            for player, spec in self._whole_optimizers().items()
+            for player, spec in self.whole_optimizers.items()
         }
 
     @property
@@ -176,7 +176,7 @@ class Recipe(Section):
         """{player: what its optimiser's `groups` and `l1` say}."""
         settings = {}
         shared = isinstance(self.optimizer.get("name"), str)
-        for player, spec in self._whole_optimizers().items():
+        for player, spec in self.whole_optimizers.items():
             where = "optimizer" if shared else f"optimizer.{player}"
             given = {k: v for k, v in spec.items() if k in GroupSettings.model_fields}
             try:
@@ -185,7 +185,9 @@ class Recipe(Section):
                 raise UserError(f"{where}.{explain(error, GroupSettings)}") from None
         return settings
 
-    def _whole_optimizers(self) -> dict[str, dict[str, Any]]:
+    @property
+    def whole_optimizers(self) -> dict[str, dict[str, Any]]:
+        """{player: all that the recipe says of its optimiser}."""
         shared = isinstance(self.optimizer.get("name"), str)
         return {
             player: self.optimizer if shared else self.optimizer[player] for player in self.players

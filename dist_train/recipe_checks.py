@@ -67,7 +67,7 @@ def check_players(recipe: Recipe) -> None:
                 raise UserError(
                     f"{key}.{player}: missing, expected a 'name', or one entry a player"
                 )
-    for player, optimizer in recipe.optimizers.items():
+    for player, optimizer in recipe.whole_optimizers.items():
         try:
             as_spec(optimizer)
         except UserError as error:
@@ -173,8 +173,10 @@ def one_parameter() -> list[dict[str, Any]]:
     """The smallest thing to optimise, for an optimiser that only has to accept its arguments."""
     import torch
 
+    from dist_train.parameter_groups import ANY
+
     weight = torch.nn.Parameter(torch.zeros(1))
-    return [{"params": [weight], "names": ["weight"], "weight_decay": 0.0}]
+    return [{"params": [weight], "names": [ANY], "weight_decay": 0.0}]
 
 
 def _type_name(hint: Any) -> str:

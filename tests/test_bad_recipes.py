@@ -94,6 +94,12 @@ SETTINGS = {
     "optimizer.learning_rate=fast": ["optimizer.learning_rate", "'fast'", "number"],
     "optimizer.learning_rate=-0.1": ["optimizer", "-0.1"],
     "optimizer.learning_rate=.inf": ["optimizer.learning_rate", "finite"],
+    "optimizer.groups=stem": ["optimizer.groups", "'stem'", "list"],
+    "optimizer.groups=[{mach: stem}]": ["optimizer.groups.0.mach", "did you mean 'match'"],
+    "optimizer.groups=[{match: stem, frozen: 1}]": ["optimizer.groups.0.frozen", "true or false"],
+    "optimizer.groups=[{match: stem, frozen: true, l1: 1}]": ["optimizer.groups.0.frozen", "l1", "no effect"],
+    "optimizer.l1=-1": ["optimizer.l1", "-1"],
+    "optimizer={model: {name: sgd, learning_rate: 1, groups: 3}}": ["optimizer.model.groups", "3"],
     "optimizer.learning_rate=null": ["optimizer.learning_rate", "needs"],
     "optimizer={model: {name: sgd, learning_rate: 1}, critic: {name: sgd}}": ["optimizer.critic", "model"],
     "optimizer={model: sgd}": ["optimizer.model", "'sgd'"],
@@ -127,6 +133,10 @@ SETTINGS = {
 }  # fmt: skip
 
 FILES = {
+    "muon under zero": (
+        GOOD.replace("strategy: single", "strategy: zero2").replace("{name: sgd", "{name: muon").encode(),
+        ["strategy", "zero2", "'muon' needs each whole"],
+    ),
     "empty": (b"", ["empty", "data"]),
     "comment": (b"# nothing\n", ["empty"]),
     "list": (b"- 1\n- 2\n", ["[1, 2]", "mapping"]),
