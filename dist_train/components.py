@@ -72,6 +72,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "source": {
         "diabetes": "dist_train.data_shards.sources.named.scikit_learn:diabetes",
         "digits": "dist_train.data_shards.sources.named.scikit_learn:digits",
+        "emoji-google": "dist_train.data_shards.sources.named.emoji:emoji_google",
+        "emoji-twitter": "dist_train.data_shards.sources.named.emoji:emoji_twitter",
         "fashion-mnist": "dist_train.data_shards.sources.named.fashion_mnist:fashion_mnist",
         "mnist5k": "dist_train.data_shards.sources.named.mnist5k:mnist5k",
         "python-text": "dist_train.data_shards.sources.named.python_text:python_text",

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from dist_train.data_shards.loader import training_batches
 from dist_train.data_shards.reader import Shards
-from dist_train.data_shards.sources import cache, pack
+from dist_train.data_shards.sources import NAMED, cache, pack
 from dist_train.data_shards.sources.idx import read_idx, write_idx
 from dist_train.data_shards.transforms import Standardise
 from dist_train.errors import UserError
@@ -166,3 +167,41 @@ def test_statistics_are_those_of_numpy(tmp_path: Path) -> None:
     assert index.statistics["a"]["mean"] == pytest.approx(rows.mean(0), rel=1e-8)
     assert index.statistics["a"]["std"] == pytest.approx(rows.std(0), rel=1e-6)
     assert index.statistics["s"] == {"mean": [19.5], "std": [pytest.approx(np.arange(40).std())]}
+
+
+# --- fetched: what this machine's cache holds ------------------------------------------------------------------------
+
+
+def needs(name: str):
+    """Tests of what must be fetched run where it has been (`dist-train shards pack NAME OUT` fetches it)."""
+    return pytest.mark.skipif(
+        not (cache.cache_folder() / name).is_dir(), reason=f"{name} is not in the cache"
+    )
+
+
+@needs("fashion-mnist")
+def test_fashion_mnist(tmp_path: Path) -> None:
+    index = pack("fashion-mnist", tmp_path / "fashion")
+    counts = {split: index.samples(split) for split in index.splits}
+    assert counts["train"] + counts["validation"] == 60_000 and counts["test"] == 10_000
+    assert counts["validation"] == pytest.approx(6_000, rel=0.05)
+    test = Shards(tmp_path / "fashion", "test")
+    labels = np.array(test.column("label", np.arange(10_000)))
+    assert (np.bincount(labels) == 1_000).all() and len(index.classes) == 10
+
+
+@needs("emoji-google")
+@needs("emoji-twitter")
+def test_emoji_are_aligned(tmp_path: Path) -> None:
+    google, twitter = (
+        {
+            split: [(key, row["txt"], row["cls"]) for at, key, row in samples if at == split]
+            for split in ("train", "validation", "test")
+        }
+        for samples in (list(NAMED[f"emoji-{style}"]().samples) for style in ("google", "twitter"))
+    )
+    assert google == twitter
+    assert sum(map(len, google.values())) == 3786
+    tone = re.compile(r", [a-z -]+ skin tone$")
+    bases = [{tone.sub("", name) for _, name, _ in rows} for rows in google.values()]
+    assert not bases[0] & bases[1] and not bases[0] & bases[2] and not bases[1] & bases[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dist_train.data_shards.sources.named.emoji import emoji_google, emoji_twitter
 from dist_train.data_shards.sources.named.fashion_mnist import fashion_mnist
 from dist_train.data_shards.sources.named.mnist5k import mnist5k
 from dist_train.data_shards.sources.named.python_text import python_text
@@ -13,6 +14,8 @@ from dist_train.data_shards.sources.source import Source
 NAMED: dict[str, Callable[..., Source]] = {
     "diabetes": diabetes,
     "digits": digits,
+    "emoji-google": emoji_google,
+    "emoji-twitter": emoji_twitter,
     "fashion-mnist": fashion_mnist,
     "mnist5k": mnist5k,
     "python-text": python_text,
