@@ -25,18 +25,17 @@ from dist_train.recipe_checks import (
     check_weights,
     one_parameter,
 )
+from dist_train.recipe_data import Data
 from dist_train.recipe_mistakes import explain
 from dist_train.recipe_sections import (
     NAME,
     NAMED,
-    Data,
     DurationText,
     Evaluate,
     GroupSettings,
     Log,
     Section,
     Spec,
-    Watch,
 )
 from dist_train.settings import (
     RECIPES,
@@ -78,7 +77,6 @@ class Recipe(Section):
     evaluate: Evaluate | None = Field(None, description="a mapping with split, every and metrics")
     callbacks: dict[str, Any] = Field(default={}, description="a mapping {instance: {arguments}}")
     log: Log = Field(default=Log(), description="a mapping with every")
-    watch: Watch = Field(default=Watch(), description="a mapping with hang_after")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="auto, or a whole number of threads a rank, 1 or more"
     )
@@ -227,11 +225,14 @@ class Recipe(Section):
             )
         for instance, spec in self.callback_specs.items():
             yield "callback", spec, f"callbacks.{instance}"
-        for mode in ("train", "evaluate"):
-            for position, spec in enumerate(getattr(self.data.transforms, mode)):
-                yield "transform", spec, f"data.transforms.{mode}.{position}"
-        if self.data.name is not None:
-            yield "source", {"name": self.data.name, **self.data.options}, "data"
+        for stream, where in self.data.located():
+            for mode in ("train", "evaluate"):
+                for position, spec in enumerate(getattr(stream.transforms, mode)):
+                    yield "transform", spec, f"{where}.transforms.{mode}.{position}"
+            for position, source in enumerate(stream.origins):
+                inner = "" if stream.sources is None else f".sources.{position}"
+                if source.name is not None:
+                    yield "source", {"name": source.name, **source.options}, f"{where}{inner}"
         for position, metric in enumerate(self.evaluate.metrics if self.evaluate else []):
             yield "metric", {"name": metric}, f"evaluate.metrics.{position}"
 

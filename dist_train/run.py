@@ -6,20 +6,16 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train import checkpoint, components, heartbeat, randomness
+from dist_train import checkpoint, components, randomness
 from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
-from dist_train.callbacks.stragglers import Stragglers
-from dist_train.data_shards.loader import EvaluationBatches, evaluation_batches, training_batches
-from dist_train.data_shards.reader import Shards
-from dist_train.data_shards.sources import locate
+from dist_train.data import RunData, data_folders, evaluation_batches
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, UserError
@@ -36,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 RUNS = Path("runs")
-SPREAD = ("strategy", "threads", "workers", "watch")
+SPREAD = ("strategy", "threads", "workers", "prefetch")
 """Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
@@ -92,7 +88,7 @@ def train(
             raise UserError(
                 "train(model=...): a module of this process cannot be sent to new ranks; name it in the recipe"
             )
-        data_folder(recipe)  # packed by this process, not by the ranks
+        data_folders(recipe)  # packed by this process, not by the ranks
         return start_ranks(
             ranks, _train_rank, recipe.as_dict(), recipe.source, recipe.root, options
         )[0]
@@ -126,7 +122,6 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
     try:
         if world.is_main:
             directory.lock()
-            heartbeat.clear(directory.path)
             found = environment(
                 device=world.device, world_size=world.size, threads=threads, folder=recipe.root
             )
@@ -139,16 +134,14 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
         if options.quick:
             first = build(recipe, world, directory, options.overfit, options.micro_order, model)
             _begin(first, resume)
-            with _watched(first):
-                first.train(until=1)
-                first.save()
+            first.train(until=1)
+            first.save()
             first.callbacks.call("run_ends", first)
             resume = "auto"
         trainer = build(recipe, world, directory, options.overfit, options.micro_order, model)
         try:
             _begin(trainer, resume)
-            with _watched(trainer):
-                trainer.train(until=options.until)
+            trainer.train(until=options.until)
             trainer.callbacks.call("run_ends", trainer)
         except BaseException as error:
             trainer.callbacks.call("failed", trainer, error)
@@ -159,20 +152,9 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
         directory.close()
 
 
-def _watched(trainer: Trainer) -> AbstractContextManager[None]:
-    world, limit = trainer.world, trainer.recipe.watch.hang_after
-    return trainer.heartbeat.watched(trainer.directory.path, world.rank, world.size, limit)
-
-
 def needs_group(recipe: Recipe) -> bool:
     """Whether even one process needs a process group: DeepSpeed does."""
     return any(strategy["name"].startswith("zero") for strategy in recipe.strategies.values())
-
-
-def data_folder(recipe: Recipe) -> Path:
-    """The folder of the recipe's shards; named data are packed on first use."""
-    data = recipe.data
-    return locate(data.name or str(data.path), recipe.root, **data.options)
 
 
 def build(
@@ -185,28 +167,15 @@ def build(
 ) -> Trainer:
     """Build every part of a run, at step 0."""
     if world.is_main:
-        data_folder(recipe)
+        data_folders(recipe)
     world.barrier()
-    folder = data_folder(recipe)
-    data = recipe.data
-    shards = Shards(folder, data.split)
-    batches = training_batches(
-        shards,
-        seed=recipe.seed,
-        global_batch=data.global_batch,
-        micro_batch=data.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        transforms=_transforms(recipe, "train", shards),
-        workers=data.workers,
-        scale=data.scale,
-    )
+    data = RunData(recipe, world)
     evaluation = None
     if recipe.evaluate is not None:
-        evaluation = evaluation_of(recipe, Shards(folder, recipe.evaluate.split), world)
+        evaluation = evaluation_batches(recipe, world, recipe.evaluate.split)
     objective: Objective = components.build("objective", recipe.objective, "objective")
-    networks = make_networks(recipe, shards.index.describe(), model)
-    micro_batches = data.global_batch // data.micro_batch // world.size
+    networks = make_networks(recipe, data.known, model)
+    micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size
     engines = {}
     for player, modules in networks.items():
         spec = recipe.optimizers[player]
@@ -232,11 +201,10 @@ def build(
             given=player in objective.given,
             micro_batches=micro_batches,
         )
-    tokens = shards.index.tokens.get(data.split)
     steps = Duration.parse(recipe.duration).steps(
-        samples=len(shards),
-        global_batch=data.global_batch,
-        tokens=tokens,
+        samples=data.samples,
+        global_batch=recipe.data.global_batch,
+        tokens=data.tokens,
         turns=lambda player, step: sum(turn.player == player for turn in objective.turns(step)),
     )
     trainer = Trainer(
@@ -245,14 +213,14 @@ def build(
         engines,
         objective,
         make_callbacks(recipe),
-        Repeated(batches, overfit) if overfit else batches,
+        Repeated(data.batches, overfit) if overfit else data.batches,
         evaluation,
         {name: _metric(name) for name in recipe.evaluate.metrics} if recipe.evaluate else {},
         directory,
         total_steps=steps,
-        samples_per_epoch=len(shards),
-        tokens_per_epoch=tokens,
-        fingerprint=shards.index.fingerprint,
+        samples_per_epoch=data.samples,
+        tokens_per_epoch=data.tokens,
+        fingerprint=data.fingerprint,
         micro_order=micro_order,
     )
     return trainer
@@ -296,11 +264,8 @@ def _auto(key: str, value: Any, known: Mapping[str, Any], where: str) -> Any:
 
 
 def make_callbacks(recipe: Recipe) -> Callbacks:
-    """The recipe's callbacks, and those that every run has: evaluation, the journal and the search for stragglers."""
-    instances: dict[str, Callback] = {
-        "journal": Journal(recipe.log.every),
-        "stragglers": Stragglers(recipe.log.every),
-    }
+    """The recipe's callbacks, and the two that every run has: evaluation and the journal."""
+    instances: dict[str, Callback] = {"journal": Journal(recipe.log.every)}
     if recipe.evaluate is not None:
         section = recipe.evaluate
         instances["evaluate"] = Evaluate(
@@ -318,29 +283,6 @@ def make_callbacks(recipe: Recipe) -> Callbacks:
     for callback in instances.values():
         callback.configure(recipe)
     return Callbacks(instances)
-
-
-def evaluation_of(recipe: Recipe, shards: Shards, world: World) -> EvaluationBatches:
-    """The evaluation batches of this rank, over all of `shards`."""
-    assert recipe.evaluate is not None
-    return evaluation_batches(
-        shards,
-        micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        transforms=_transforms(recipe, "evaluate", shards),
-        workers=recipe.data.workers,
-        scale=recipe.data.scale,
-    )
-
-
-def _transforms(recipe: Recipe, mode: str, shards: Shards) -> list[Any]:
-    specs = getattr(recipe.data.transforms, mode)
-    statistics = shards.index.statistics
-    return [
-        components.build("transform", spec, f"data.transforms.{mode}.{i}", statistics=statistics)
-        for i, spec in enumerate(specs)
-    ]
 
 
 def _metric(name: str) -> Metric:
