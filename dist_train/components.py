@@ -70,6 +70,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "standardise": "dist_train.data_shards.transforms:Standardise",
     },
     "source": {
+        "austen": "dist_train.data_shards.sources.named.austen:austen",
+        "ddtp-en-de": "dist_train.data_shards.sources.named.ddtp:ddtp_en_de",
+        "ddtp-en-fr": "dist_train.data_shards.sources.named.ddtp:ddtp_en_fr",
         "diabetes": "dist_train.data_shards.sources.named.scikit_learn:diabetes",
         "digits": "dist_train.data_shards.sources.named.scikit_learn:digits",
         "emoji-google": "dist_train.data_shards.sources.named.emoji:emoji_google",

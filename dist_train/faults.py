@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import threading
 
 _PLAN = os.environ.get("DIST_TRAIN_FAULT", "")
-"""`kill@POINT:RANK:COUNT`: SIGKILL rank RANK the COUNT-th time that it passes POINT (from 0)."""
+"""`KIND@POINT:RANK:COUNT`: what befalls rank RANK the COUNT-th time that it passes POINT (from 0).
+
+KIND is kill (SIGKILL), stop (SIGSTOP), hold (the interpreter is held for ever) or wait (a lock that nobody lets go of).
+"""
 _passed: dict[str, int] = {}
 
 
@@ -18,7 +23,7 @@ def plan(text: str) -> None:
 
 
 def faultpoint(name: str) -> None:
-    """Die here, if the plan says so."""
+    """Die or hang here, if the plan says so."""
     if not _PLAN:
         return
     kind, _, place = _PLAN.partition("@")
@@ -27,5 +32,13 @@ def faultpoint(name: str) -> None:
         return
     seen = _passed.get(name, 0)
     _passed[name] = seen + 1
-    if kind == "kill" and seen == int(count):
+    if seen != int(count):
+        return
+    if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "hold":
+        re.match("(a?){40}a{40}", "a" * 40)  # exponential, and deaf to other threads
+    elif kind == "wait":
+        threading.Semaphore(0).acquire()

@@ -36,6 +36,7 @@ from dist_train.recipe_sections import (
     Log,
     Section,
     Spec,
+    Watch,
 )
 from dist_train.settings import (
     RECIPES,
@@ -77,6 +78,7 @@ class Recipe(Section):
     evaluate: Evaluate | None = Field(None, description="a mapping with split, every and metrics")
     callbacks: dict[str, Any] = Field(default={}, description="a mapping {instance: {arguments}}")
     log: Log = Field(default=Log(), description="a mapping with every")
+    watch: Watch = Field(default=Watch(), description="a mapping with hang_after")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="auto, or a whole number of threads a rank, 1 or more"
     )

@@ -95,6 +95,16 @@ class GroupSettings(Section):
     l1: float = Field(0.0, ge=0, description="a number, 0 or more")
 
 
+class Watch(Section):
+    """When a run that stands still is ended."""
+
+    hang_after: float = Field(
+        default=300.0,
+        gt=0,
+        description="a number of seconds: a phase of a step that takes longer hangs",
+    )
+
+
 class Log(Section):
     """When a row is written."""
 

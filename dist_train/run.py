@@ -6,15 +6,17 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train import checkpoint, components, randomness
+from dist_train import checkpoint, components, heartbeat, randomness
 from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
+from dist_train.callbacks.stragglers import Stragglers
 from dist_train.data import RunData, data_folders, evaluation_batches
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 RUNS = Path("runs")
-SPREAD = ("strategy", "threads", "workers", "prefetch")
+SPREAD = ("strategy", "threads", "workers", "prefetch", "watch")
 """Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
@@ -122,6 +124,7 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
     try:
         if world.is_main:
             directory.lock()
+            heartbeat.clear(directory.path)
             found = environment(
                 device=world.device, world_size=world.size, threads=threads, folder=recipe.root
             )
@@ -134,14 +137,16 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
         if options.quick:
             first = build(recipe, world, directory, options.overfit, options.micro_order, model)
             _begin(first, resume)
-            first.train(until=1)
-            first.save()
+            with _watched(first):
+                first.train(until=1)
+                first.save()
             first.callbacks.call("run_ends", first)
             resume = "auto"
         trainer = build(recipe, world, directory, options.overfit, options.micro_order, model)
         try:
             _begin(trainer, resume)
-            trainer.train(until=options.until)
+            with _watched(trainer):
+                trainer.train(until=options.until)
             trainer.callbacks.call("run_ends", trainer)
         except BaseException as error:
             trainer.callbacks.call("failed", trainer, error)
@@ -150,6 +155,11 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
     finally:
         directory.unlock()
         directory.close()
+
+
+def _watched(trainer: Trainer) -> AbstractContextManager[None]:
+    world, limit = trainer.world, trainer.recipe.watch.hang_after
+    return trainer.heartbeat.watched(trainer.directory.path, world.rank, world.size, limit)
 
 
 def needs_group(recipe: Recipe) -> bool:
@@ -264,8 +274,11 @@ def _auto(key: str, value: Any, known: Mapping[str, Any], where: str) -> Any:
 
 
 def make_callbacks(recipe: Recipe) -> Callbacks:
-    """The recipe's callbacks, and the two that every run has: evaluation and the journal."""
-    instances: dict[str, Callback] = {"journal": Journal(recipe.log.every)}
+    """The recipe's callbacks, and those that every run has: evaluation, the journal and the search for stragglers."""
+    instances: dict[str, Callback] = {
+        "journal": Journal(recipe.log.every),
+        "stragglers": Stragglers(recipe.log.every),
+    }
     if recipe.evaluate is not None:
         section = recipe.evaluate
         instances["evaluate"] = Evaluate(

@@ -16,6 +16,7 @@ from dist_train.duration import Every
 from dist_train.engine import Engine, Slice
 from dist_train.errors import CheckpointError, UserError, nearest
 from dist_train.faults import faultpoint
+from dist_train.heartbeat import Heartbeat
 from dist_train.meter import Meter
 from dist_train.metrics import Metric
 from dist_train.networks import Networks
@@ -73,6 +74,7 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.stopping = ""
         self.data_wait = 0.0
+        self.heartbeat = Heartbeat()
         self._networks = {
             name: player for player, specs in recipe.networks.items() for name in specs
         }
@@ -88,22 +90,28 @@ class Trainer:
             self.batch, self.losses = batch, {}
             self.callbacks.call("step_begins", self)
             for turn in self.objective.turns(step):
+                self.heartbeat.enter("reduce")
                 engine, total = self.engines[turn.player], self._batch_weight(batch)
                 engine.begin_turn(turn.index)
                 for micro in batch:
+                    self.heartbeat.enter("forward")
                     with randomness.at(self.seed, step, turn.index, micro.index):
                         seen = self.seen_by(turn)
                         loss, logged = self.objective.loss(turn, seen, micro, self.scalars)
+                    self.heartbeat.enter("backward")
                     share = self.objective.weight(micro) / total
                     engine.backward(loss * share, last=micro is batch[-1])
                     self._note(turn, loss, logged, share)
                     faultpoint("backward")
+                self.heartbeat.enter("reduce")
                 engine.reduce()
+                self.heartbeat.enter("step")
                 faultpoint("reduce")
                 self.callbacks.call("gradients_ready", self, turn)
                 engine.step()
                 faultpoint("step")
             self.step += 1
+            self.heartbeat.enter("callbacks")
             self.callbacks.call("step_ends", self)
             if self.stopping:
                 break
@@ -111,6 +119,7 @@ class Trainer:
     def _fetch(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         batches = iter(self.data.from_(self.step, self.until))
         while True:
+            self.heartbeat.enter("data", self.step + 1)
             asked = time.perf_counter()
             try:
                 step, batch = next(batches)
@@ -240,6 +249,7 @@ class Trainer:
         for metric in self.metrics.values():
             metric.reset()
         for micro in self.evaluation:
+            self.heartbeat.enter("evaluate")
             micro = micro.to(self.world.device)
             with (
                 torch.no_grad(),
@@ -265,6 +275,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this moment (collective). Refused when the last gradients were not finite."""
+        self.heartbeat.enter("save")
         for player, engine in self.engines.items():
             if not torch.isfinite(engine.norm):
                 self.refuse_to_go_on(player)

@@ -251,7 +251,8 @@ def _failure(process: Any, ranks: list[Any], scratch: Path) -> Exception:
     for rank in [process, *ranks]:
         if rank.exitcode is not None and rank.exitcode < 0:
             name = signal.Signals(-rank.exitcode).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            hints = {"SIGKILL": " (out of memory?)", "SIGALRM": " (it hung: see logs/hang.txt)"}
+            hint = hints.get(name, "")
             return RankFailed(f"{rank.name} was ended by {name}{hint}")
     if reports:
         return RankFailed(f"{reports[0]['rank']} failed:\n{reports[0]['traceback']}")

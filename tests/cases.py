@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,22 @@ class Interrupted(Classification):
         loss, logged = super().loss(*arguments)
         loss.register_hook(lambda _: faults.faultpoint("within-backward"))
         return loss, logged
+
+
+class Mismatched(Callback):
+    """After step 5, rank 1 waits for what rank 0 does not send. (Sums of unequal size make gloo abort by itself.)"""
+
+    def step_ends(self, run: Trainer) -> None:
+        if run.step == 5 and run.world.rank == 1:
+            torch.distributed.recv(torch.zeros(3), src=0)
+
+
+class Late(Callback):
+    """Rank 1 takes 60 ms longer from step 10 on."""
+
+    def step_begins(self, run: Trainer) -> None:
+        if run.step >= 10 and run.world.rank == 1:
+            time.sleep(0.06)
 
 
 class Gradients(Callback):

@@ -110,6 +110,8 @@ FLOORS = [  # each may import those above it in this list, and its own
         "components",
         "png",
         "faults",
+        "watch",
+        "heartbeat",
         "settings",
         "buckets",
         "buffers",

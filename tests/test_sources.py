@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import re
+import struct
 import subprocess
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from dist_train.data_shards.loader import training_batches
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import NAMED, cache, pack
 from dist_train.data_shards.sources.idx import read_idx, write_idx
+from dist_train.data_shards.sources.named.austen import read_rdb
+from dist_train.data_shards.sources.named.ddtp import pairs
 from dist_train.data_shards.transforms import Standardise
 from dist_train.errors import UserError
 
@@ -101,6 +105,67 @@ def test_a_debian_package_is_unpacked_where_it_is_wanted(tmp_path: Path, monkeyp
     monkeypatch.setenv("DIST_TRAIN_CACHE", str(tmp_path / "cache"))
     with error("apt-get .*: E: Unable to locate"):
         unpack_package("tiny", tmp_path / "out2")
+
+
+def test_digests_taken_when_fetched_hold_from_then_on(kept: Path) -> None:
+    def fetch(folder: Path) -> None:
+        (folder / "a").write_text("content")
+
+    assert cache.cached("set", None, fetch) == cache.cached("set", None, fetch)
+    (kept / "set" / "a").write_text("contenT")
+    with error("set/a: SHA-256"):
+        cache.cached("set", None, fetch)
+    (kept / "set" / "SHA256SUMS").unlink()
+    with error("SHA256SUMS: cannot be read"):
+        cache.cached("set", None, fetch)
+
+
+# --- formats of packages ---------------------------------------------------------------------------------------------
+
+
+def r_strings(strings: list[str]) -> bytes:
+    """A vector of strings as R serialises it, and stores it in a lazy-load data base."""
+    content = b"X\n" + struct.pack(">iiii", 3, 0x40201, 0x30500, 5) + b"UTF-8"
+    content += struct.pack(">ii", 16, len(strings))
+    for string in strings:
+        content += struct.pack(">ii", 0x40009, len(string.encode())) + string.encode()
+    return struct.pack(">I", len(content)) + zlib.compress(content)
+
+
+def test_r_data_bases(tmp_path: Path) -> None:
+    vectors = [["CHAPTER I", "", "Emma \u00e9"], ["Chapter 1", "x"]]
+    content = b"".join(map(r_strings, vectors))
+    path = tmp_path / "Rdata.rdb"
+    path.write_bytes(content)
+    assert read_rdb(path) == vectors
+    for cut in range(1, len(content)):
+        path.write_bytes(content[:cut])
+        if cut == len(r_strings(vectors[0])):
+            assert read_rdb(path) == vectors[:1]
+        else:
+            with error("Rdata.rdb: the chunk at byte"):
+                read_rdb(path)
+    for wrong in (b"A\n", b"X\n\0\0\0\2"):
+        path.write_bytes(struct.pack(">I", 9) + zlib.compress(wrong + bytes(60)))
+        with error("not R's XDR"):
+            read_rdb(path)
+
+
+def test_pairs_of_descriptions(tmp_path: Path) -> None:
+    english, french = tmp_path / "Translation-en", tmp_path / "Translation-fr"
+    english.write_text(
+        "Package: a\nDescription-md5: 1\nDescription-en: tool: a\n One\n line.\n .\n  * list\n .\n Two\n\n"
+        "Package: b\nDescription-md5: 2\nDescription-en: tool: a\n Other.\n\n"
+        "Package: c\nDescription-md5: 3\nDescription-en: same\n"
+    )
+    french.write_text(
+        "Package: a\nDescription-md5: 1\nDescription-fr: outil: a\n Une\n ligne.\n .\n  * liste\n .\n Deux\n\n"
+        "Package: b\nDescription-md5: 2\nDescription-fr: autre\n Un.\n .\n Deux.\n\n"
+        "Package: c\nDescription-md5: 3\nDescription-fr: same\n\n"
+        "Package: d\nDescription-md5: 4\nDescription-fr: rien\n"
+    )
+    found = [(row["en.txt"], row["fr.txt"]) for _, _, row in pairs(english, french, "fr")]
+    assert found == [("tool: a", "outil: a"), ("One line.", "Une ligne."), ("Two", "Deux")]
 
 
 # --- IDX -------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dist_train.data_shards.index import sha256
 from dist_train.errors import UserError
+
+SUMS = "SHA256SUMS"
 
 
 def cache_folder() -> Path:
@@ -17,20 +19,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DIST_TRAIN_CACHE") or "~/.cache/dist-train").expanduser()
 
 
-def cached(name: str, digests: Mapping[str, str], fetch: Callable[[Path], None]) -> Path:
+def cached(name: str, digests: Mapping[str, str] | None, fetch: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, with the files {file: SHA-256}; `fetch(folder)` makes them where they are not.
 
+    Digests that cannot be known before (None) are taken when the files are fetched, and hold from then on.
     Of several processes that fetch at once one wins. UserError: a file is not the one that its digest names.
     """
     folder = cache_folder() / name
     if folder.is_dir():
-        verify(folder, digests)
+        verify(folder, digests or read_digests(folder))
         return folder
     part = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
     try:
         part.mkdir(parents=True)
         fetch(part)
-        verify(part, digests)
+        if digests is None:
+            lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(part.iterdir())]
+            (part / SUMS).write_text("".join(lines), encoding="ascii")
+        else:
+            verify(part, digests)
         try:
             part.rename(folder)
         except OSError:
@@ -45,14 +52,24 @@ def cached(name: str, digests: Mapping[str, str], fetch: Callable[[Path], None])
     return folder
 
 
+def read_digests(folder: Path) -> dict[str, str]:
+    """{file: SHA-256} of a cached folder whose digests were taken when it was fetched."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
+        return {file: digest for digest, file in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / SUMS}: cannot be read (remove {folder} to fetch it again)"
+        ) from error
+
+
 def verify(folder: Path, digests: Mapping[str, str]) -> None:
     """UserError where a file of {file: SHA-256} is missing from `folder`, or is another."""
     for file, digest in digests.items():
         path = folder / file
         if not path.is_file():
             raise UserError(f"{path}: missing (remove {folder} to fetch it again)")
-        with path.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
+        found = sha256(path)
         if found != digest:
             raise UserError(
                 f"{path}: SHA-256 {found}, expected {digest} (remove {folder} to fetch it again)"

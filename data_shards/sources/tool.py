@@ -13,10 +13,8 @@ from dist_train.errors import UserError
 MINUTES = 10
 
 
-def run_tool(
-    command: list[str], folder: Path, environment: Mapping[str, str] | None = None
-) -> None:
-    """Run `command` in `folder`. UserError: there is no such program, it failed, or it did not end."""
+def run_tool(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
+    """Run `command` in `folder`; returns what it printed. UserError: no such program, or it failed."""
     if shutil.which(command[0]) is None:
         raise UserError(f"needs {command[0]}, which this machine does not have")
     try:
@@ -26,7 +24,8 @@ def run_tool(
             env={**os.environ, **(environment or {}), "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=60 * MINUTES,
         )
     except subprocess.TimeoutExpired as error:
@@ -34,3 +33,4 @@ def run_tool(
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
         raise UserError(f"{' '.join(command)}: {said[-1]}")
+    return done.stdout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dist_train.data_shards.sources.named.austen import austen
+from dist_train.data_shards.sources.named.ddtp import ddtp_en_de, ddtp_en_fr
 from dist_train.data_shards.sources.named.emoji import emoji_google, emoji_twitter
 from dist_train.data_shards.sources.named.fashion_mnist import fashion_mnist
 from dist_train.data_shards.sources.named.mnist5k import mnist5k
@@ -12,6 +14,9 @@ from dist_train.data_shards.sources.named.scikit_learn import diabetes, digits
 from dist_train.data_shards.sources.source import Source
 
 NAMED: dict[str, Callable[..., Source]] = {
+    "austen": austen,
+    "ddtp-en-de": ddtp_en_de,
+    "ddtp-en-fr": ddtp_en_fr,
     "diabetes": diabetes,
     "digits": digits,
     "emoji-google": emoji_google,

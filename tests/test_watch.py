@@ -1,0 +1,139 @@
+"""A rank that stands still is found, named with its step and phase, and ended; a rank that is late is named."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+
+from dist_train import watch
+from dist_train.callbacks.stragglers import straggler
+from dist_train.heartbeat import Heartbeat
+from dist_train.run_directory import RunDirectory
+from dist_train.testing import RankFailed, assert_same_run, spawn_ranks
+
+LIMIT = 2.0
+
+# (what happens, ranks) and what the report must begin with
+HANGS = {
+    ("stop@backward:1:9", 2): "rank 1 stopped by a signal in step 5, backward",
+    ("hold@reduce:0:5", 2): "rank 0 held in step 6, step",
+    ("wait@step:1:3", 2): "rank 1 held in step 4, step",
+    ("hold@evaluate:0:2", 1): "rank 0 held in step 6, evaluate",
+    (
+        "mismatched",
+        2,
+    ): "collectives do not match: rank 0 waiting in step 6, reduce; rank 1 waiting in step 5, callbacks",
+}
+
+
+def recipe(data: Path) -> Any:
+    made = cases.tiny_recipe("resnet", data, watch__hang_after=LIMIT)
+    section = {"split": "test", "every": "6 steps", "metrics": ["accuracy"]}
+    return made.set("evaluate", section)
+
+
+@pytest.mark.parametrize(("what", "ranks"), HANGS)
+def test_a_hang_is_found_named_and_ended(
+    tiny_data: Path, tmp_path: Path, what: str, ranks: int
+) -> None:
+    plan, fault = recipe(tiny_data), what
+    if what == "mismatched":
+        plan, fault = plan.set("callbacks.mismatched", {"name": "cases:Mismatched"}), ""
+    with pytest.raises(RankFailed, match=r"rank-\d was ended by SIGALRM \(it hung"):
+        spawn_ranks(
+            ranks, cases.train_case, plan.as_dict(), str(tmp_path / "run"), fault, None, timeout=60
+        )
+    report = (tmp_path / "run" / "logs" / "hang.txt").read_text()
+    assert report.startswith(f"hang: nothing moved for 2 s: {HANGS[what, ranks]}"), report
+    stacks = report.split("\nstacks of rank ")[1:]
+    assert len(stacks) == ranks
+    assert all("trainer.py" in text and "in train" in text for text in stacks), report
+
+
+def test_a_run_that_was_stopped_is_resumed_as_if_nothing_had_been(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    plan = recipe(tiny_data).as_dict()
+    whole, hung = str(tmp_path / "whole"), str(tmp_path / "hung")
+    with pytest.raises(RankFailed, match="rank-0 was ended by SIGALRM"):
+        spawn_ranks(2, cases.train_case, plan, hung, "stop@reduce:0:9", None, timeout=60)
+    spawn_ranks(2, cases.train_cases, [[plan, hung, "auto"], [plan, whole, None]], timeout=60)
+    assert_same_run(whole, hung)
+
+
+def test_a_late_rank_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    plan = cases.tiny_recipe("resnet", tiny_data, duration="60 steps", log__every="10 steps")
+    plan = plan.set("callbacks.late", {"name": "cases:Late"})
+    spawn_ranks(2, cases.train_cases, [[plan.as_dict(), str(tmp_path / "run"), None]], timeout=60)
+    rows = {row["step"]: row.get("straggler") for row in RunDirectory(tmp_path / "run").rows()}
+    assert rows[10] is None
+    assert {rows[step] for step in (30, 40, 50, 60)} == {1}
+    note = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert len(re.findall(r"rank 1 keeps the others waiting: \d+\.\d ms", note)) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "step", "expected"),
+    [
+        ([1.0, 1.5], 1.6, 1),
+        ([1.0, 1.5, 1.0, 1.0], 1.6, 1),
+        ([1.0, 1.2, 1.0, 1.0], 1.6, None),  # not much slower
+        ([0.01, 0.02], 1.0, None),  # much slower in what hardly matters
+        ([1.0, 1.0], 1.0, None),
+        ([0.0, 0.0], 0.0, None),
+    ],
+)
+def test_late_is_late_and_matters(own: list[float], step: float, expected: int | None) -> None:
+    assert straggler(own, step) == expected
+
+
+def at(step: int, phase: str, stopped: bool = False, stacks: str = "") -> dict[str, Any]:
+    return {"step": step, "phase": phase, "stopped": stopped, "stacks": stacks}
+
+
+WAITS = 'File "/x/torch/distributed/distributed_c10d.py", line 1 in all_reduce'
+
+
+@pytest.mark.parametrize(
+    ("stuck", "size", "ranks", "clause"),
+    [
+        ({0: at(7, "reduce"), 1: at(7, "data")}, 2, [1], "rank 1 held in step 7, data"),
+        ({0: at(7, "reduce"), 1: at(7, "save", stacks=WAITS)}, 3, [2], "rank 2 gone, or moving"),
+        ({n: at(7, "reduce") for n in range(3)}, 3, [0, 1, 2], "all ranks wait in step 7, reduce"),
+        (
+            {0: at(7, "reduce"), 1: at(7, "reduce"), 2: at(8, "reduce")},
+            3,
+            [2],
+            "collectives do not match: ranks 0, 1 waiting in step 7, reduce; rank 2 waiting in step 8",
+        ),
+        ({0: at(7, "reduce"), 1: at(7, "data", True)}, 2, [1], "rank 1 stopped by a signal"),
+    ],
+)
+def test_who_is_at_fault(stuck: Any, size: int, ranks: list[int], clause: str) -> None:
+    blamed, text = watch.blame(stuck, size)
+    assert blamed == ranks
+    assert text.startswith(clause)
+
+
+def test_a_watched_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
+    """Also where it takes longer than the limit in all, and where nothing is expected of it."""
+    run = RunDirectory.create_at(tmp_path / "run")
+    (run.path / "watch").mkdir()
+    heart, late = Heartbeat(), []
+    before = signal.signal(signal.SIGALRM, lambda *_: late.append(True))
+    try:
+        with heart.watched(run.path, 0, 1, 0.5):
+            for _ in range(4):
+                heart.enter("evaluate")
+                signal.sigtimedwait([signal.SIGUSR1], 0.25)
+            heart.enter("start")
+            signal.sigtimedwait([signal.SIGUSR1], 1.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not late and not (run.logs / "hang.txt").exists()
+    assert heart.spent["evaluate"] > 0.9 and heart.spent["start"] > 0.9
