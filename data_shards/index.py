@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -155,6 +156,8 @@ class Index:
                 if spec.shape[0] is not None and spec.shape[0] == spec.shape[1]:
                     known["image_size"] = spec.shape[0]
                     known["in_features"] = spec.shape[0] ** 2 * known["channels"]
+            if spec.name == "features" and spec.shape is not None and None not in spec.shape:
+                known["in_features"] = math.prod(n for n in spec.shape if n is not None)
             if spec.kind == "tokens" and spec.shape is not None and spec.shape[0] is not None:
                 known["max_length"] = spec.shape[0] - 1
         if self.classes:

@@ -25,11 +25,11 @@ from dist_train.recipe_checks import (
     check_weights,
     one_parameter,
 )
-from dist_train.recipe_data import Data
 from dist_train.recipe_mistakes import explain
 from dist_train.recipe_sections import (
     NAME,
     NAMED,
+    Data,
     DurationText,
     Evaluate,
     GroupSettings,
@@ -37,7 +37,6 @@ from dist_train.recipe_sections import (
     Section,
     Spec,
     Watch,
-    Weights,
 )
 from dist_train.settings import (
     RECIPES,
@@ -55,6 +54,7 @@ from dist_train.yaml_text import write_yaml
 PROVIDED: dict[str, tuple[str, ...]] = {
     "optimizer": ("groups",),
     "transform": ("statistics",),
+    "objective": ("statistics",),
 }
 """Arguments that the trainer gives to the parts of a kind, so that a recipe cannot."""
 
@@ -75,9 +75,6 @@ class Recipe(Section):
     objective: Spec = Field(description="a mapping {name: ..., arguments}")
     optimizer: dict[str, Any] = Field(
         description="{name: ..., arguments}, or {player: {name: ...}}"
-    )
-    weights: dict[str, Any] | None = Field(
-        None, description="a mapping {from: ...}, or {player: {from: ...}}"
     )
     evaluate: Evaluate | None = Field(None, description="a mapping with split, every and metrics")
     callbacks: dict[str, Any] = Field(default={}, description="a mapping {instance: {arguments}}")
@@ -181,8 +178,9 @@ class Recipe(Section):
     def group_settings(self) -> dict[str, GroupSettings]:
         """{player: what its optimiser's `groups` and `l1` say}."""
         settings = {}
+        shared = isinstance(self.optimizer.get("name"), str)
         for player, spec in self.whole_optimizers.items():
-            where = self.where_of("optimizer", player)
+            where = "optimizer" if shared else f"optimizer.{player}"
             given = {k: v for k, v in spec.items() if k in GroupSettings.model_fields}
             try:
                 settings[player] = GroupSettings(**given)
@@ -197,32 +195,6 @@ class Recipe(Section):
         return {
             player: self.optimizer if shared else self.optimizer[player] for player in self.players
         }
-
-    @property
-    def starting_weights(self) -> dict[str, Weights]:
-        """{player: where its weights come from}, for the players that do not start from the seed."""
-        if self.weights is None:
-            return {}
-        shared = "from" in self.weights
-        given = dict.fromkeys(self.players, self.weights) if shared else self.weights
-        found = {}
-        for player, spec in given.items():
-            where = self.where_of("weights", player)
-            if not isinstance(spec, dict):
-                raise UserError(f"{where}: got {short(spec)}, expected a mapping {{from: ...}}")
-            try:
-                found[player] = Weights(**spec)
-            except ValidationError as error:
-                raise UserError(f"{where}.{explain(error, Weights)}") from None
-        return found
-
-    def where_of(self, key: str, player: str) -> str:
-        """The path of what `key` says for a player: `weights`, or `weights.critic`."""
-        value = getattr(self, key)
-        shared = (
-            not isinstance(value, dict) or "from" in value or isinstance(value.get("name"), str)
-        )
-        return key if shared else f"{key}.{player}"
 
     @property
     def strategies(self) -> dict[str, dict[str, Any]]:
@@ -256,14 +228,11 @@ class Recipe(Section):
             )
         for instance, spec in self.callback_specs.items():
             yield "callback", spec, f"callbacks.{instance}"
-        for stream, where in self.data.located():
-            for mode in ("train", "evaluate"):
-                for position, spec in enumerate(getattr(stream.transforms, mode)):
-                    yield "transform", spec, f"{where}.transforms.{mode}.{position}"
-            for position, source in enumerate(stream.origins):
-                inner = "" if stream.sources is None else f".sources.{position}"
-                if source.name is not None:
-                    yield "source", {"name": source.name, **source.options}, f"{where}{inner}"
+        for mode in ("train", "evaluate"):
+            for position, spec in enumerate(getattr(self.data.transforms, mode)):
+                yield "transform", spec, f"data.transforms.{mode}.{position}"
+        if self.data.name is not None:
+            yield "source", {"name": self.data.name, **self.data.options}, "data"
         for position, metric in enumerate(self.evaluate.metrics if self.evaluate else []):
             yield "metric", {"name": metric}, f"evaluate.metrics.{position}"
 
@@ -289,7 +258,7 @@ class Recipe(Section):
                             f"{where}: {spec['name']} is no dist_train.callbacks.Callback"
                         )
                     callback.configure(self)
-                elif kind == "transform":
+                elif kind == "transform" and "statistics" not in components.arguments(part):
                     components.build(kind, spec, where)
                 elif kind == "optimizer":
                     components.build(kind, spec, where, groups=one_parameter())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,12 +17,8 @@ def _field_at(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[type[BaseMo
     for key in path:
         if isinstance(key, int):  # a position in a list of sections
             continue
-        fields = section.model_fields if section is not None else {}
-        field = fields.get(key) or next((f for f in fields.values() if f.alias == key), None)
-        free = (
-            field is None and section is not None and section.model_config.get("extra") == "allow"
-        )
-        section = get_args(get_type_hints(section)["__pydantic_extra__"])[1] if free else None
+        field = section.model_fields.get(key) if section is not None else None
+        section = None
         if field is not None:
             description = field.description or description
             for kind in (field.annotation, *get_args(field.annotation)):
@@ -51,8 +47,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         )
     elif first["type"] == "extra_forbidden":
         section, _ = _field_at(root, path[:-1])
-        fields = section.model_fields if section is not None else {}
-        keys = [field.alias or name for name, field in fields.items()]
+        keys = list(section.model_fields) if section is not None else []
         line = f"{where}: unknown key{nearest(str(path[-1]), keys)} (expected one of {', '.join(keys)})"
     elif first["type"] == "missing":
         line = f"{where}: missing, expected {description}"

@@ -228,6 +228,7 @@ def _described(run: RunRecord) -> dict[str, Any]:
         "verdict": verdict(run),
         "recipe": list(_flat(run.recipe)),
         "environment": list(_flat(_worth_telling(run.environment))),
+        "confusion": next((r["confusion"] for r in run.rows[::-1] if "confusion" in r), None),
         "checkpoints": _checkpoints(run),
         "samples": _sample_grids(run),
     }

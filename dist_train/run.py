@@ -8,17 +8,18 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train import checkpoint, components, heartbeat, randomness, starting_weights
+from dist_train import checkpoint, components, heartbeat, randomness
 from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
 from dist_train.callbacks.stragglers import Stragglers
-from dist_train.data import RunData, data_folders, evaluation_batches
+from dist_train.data_shards.loader import EvaluationBatches, evaluation_batches, training_batches
+from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sources import locate
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, UserError
@@ -29,13 +30,13 @@ from dist_train.parameter_groups import assign, heed_groups, parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory, environment
 from dist_train.trainer import Trainer
-from dist_train.world import COLLECTIVE_TIMEOUT, World, pin_threads, start_ranks
+from dist_train.world import World, pin_threads, start_ranks
 
 if TYPE_CHECKING:
     from torch import nn
 
 RUNS = Path("runs")
-SPREAD = ("strategy", "threads", "workers", "prefetch", "watch")
+SPREAD = ("strategy", "threads", "workers", "watch")
 """Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
@@ -82,8 +83,6 @@ def train(
         overfit,
         micro_order,
     )
-    if resume is None:
-        starting_weights.check(recipe)
     if ranks is not None:
         if "WORLD_SIZE" in os.environ:
             raise UserError(
@@ -93,7 +92,7 @@ def train(
             raise UserError(
                 "train(model=...): a module of this process cannot be sent to new ranks; name it in the recipe"
             )
-        data_folders(recipe)  # packed by this process, not by the ranks
+        data_folder(recipe)  # packed by this process, not by the ranks
         return start_ranks(
             ranks, _train_rank, recipe.as_dict(), recipe.source, recipe.root, options
         )[0]
@@ -120,7 +119,7 @@ def _train_rank(
 
 def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str, Any]:
     recipe.importable()
-    world = World.join(group=needs_group(recipe), timeout=_collective_timeout(recipe))
+    world = World.join(group=needs_group(recipe))
     threads = pin_threads(recipe.threads, world.local_size)
     directory = _directory(recipe, world, options)
     resume = options.resume
@@ -160,13 +159,6 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
         directory.close()
 
 
-def _collective_timeout(recipe: Recipe) -> timedelta:
-    """What DIST_TRAIN_TIMEOUT says, else long enough that the watchers find a hang first."""
-    if "DIST_TRAIN_TIMEOUT" in os.environ:
-        return COLLECTIVE_TIMEOUT
-    return timedelta(seconds=2 * recipe.watch.hang_after)
-
-
 def _watched(trainer: Trainer) -> AbstractContextManager[None]:
     world, limit = trainer.world, trainer.recipe.watch.hang_after
     return trainer.heartbeat.watched(trainer.directory.path, world.rank, world.size, limit)
@@ -175,6 +167,12 @@ def _watched(trainer: Trainer) -> AbstractContextManager[None]:
 def needs_group(recipe: Recipe) -> bool:
     """Whether even one process needs a process group: DeepSpeed does."""
     return any(strategy["name"].startswith("zero") for strategy in recipe.strategies.values())
+
+
+def data_folder(recipe: Recipe) -> Path:
+    """The folder of the recipe's shards; named data are packed on first use."""
+    data = recipe.data
+    return locate(data.name or str(data.path), recipe.root, **data.options)
 
 
 def build(
@@ -187,15 +185,30 @@ def build(
 ) -> Trainer:
     """Build every part of a run, at step 0."""
     if world.is_main:
-        data_folders(recipe)
+        data_folder(recipe)
     world.barrier()
-    data = RunData(recipe, world)
+    folder = data_folder(recipe)
+    data = recipe.data
+    shards = Shards(folder, data.split)
+    batches = training_batches(
+        shards,
+        seed=recipe.seed,
+        global_batch=data.global_batch,
+        micro_batch=data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        transforms=_transforms(recipe, "train", shards),
+        workers=data.workers,
+        scale=data.scale,
+    )
     evaluation = None
     if recipe.evaluate is not None:
-        evaluation = evaluation_batches(recipe, world, recipe.evaluate.split)
-    objective: Objective = components.build("objective", recipe.objective, "objective")
-    networks = make_networks(recipe, data.known, model)
-    micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size
+        evaluation = evaluation_of(recipe, Shards(folder, recipe.evaluate.split), world)
+    objective: Objective = components.build(
+        "objective", recipe.objective, "objective", statistics=shards.index.statistics
+    )
+    networks = make_networks(recipe, shards.index.describe(), model)
+    micro_batches = data.global_batch // data.micro_batch // world.size
     engines = {}
     for player, modules in networks.items():
         spec = recipe.optimizers[player]
@@ -205,7 +218,7 @@ def build(
             parameter_groups,
             weight_decay=spec.get("weight_decay", 0.0),
             settings=settings,
-            rule_of=assign(modules, settings, recipe.where_of("optimizer", player)),
+            rule_of=assign(modules, settings),
         )
 
         def optimizer(groups: Any, spec: dict[str, Any] = spec, player: str = player) -> Any:
@@ -221,10 +234,11 @@ def build(
             given=player in objective.given,
             micro_batches=micro_batches,
         )
+    tokens = shards.index.tokens.get(data.split)
     steps = Duration.parse(recipe.duration).steps(
-        samples=data.samples,
-        global_batch=recipe.data.global_batch,
-        tokens=data.tokens,
+        samples=len(shards),
+        global_batch=data.global_batch,
+        tokens=tokens,
         turns=lambda player, step: sum(turn.player == player for turn in objective.turns(step)),
     )
     trainer = Trainer(
@@ -233,14 +247,14 @@ def build(
         engines,
         objective,
         make_callbacks(recipe),
-        Repeated(data.batches, overfit) if overfit else data.batches,
+        Repeated(batches, overfit) if overfit else batches,
         evaluation,
         {name: _metric(name) for name in recipe.evaluate.metrics} if recipe.evaluate else {},
         directory,
         total_steps=steps,
-        samples_per_epoch=data.samples,
-        tokens_per_epoch=data.tokens,
-        fingerprint=data.fingerprint,
+        samples_per_epoch=len(shards),
+        tokens_per_epoch=tokens,
+        fingerprint=shards.index.fingerprint,
         micro_order=micro_order,
     )
     return trainer
@@ -306,6 +320,29 @@ def make_callbacks(recipe: Recipe) -> Callbacks:
     for callback in instances.values():
         callback.configure(recipe)
     return Callbacks(instances)
+
+
+def evaluation_of(recipe: Recipe, shards: Shards, world: World) -> EvaluationBatches:
+    """The evaluation batches of this rank, over all of `shards`."""
+    assert recipe.evaluate is not None
+    return evaluation_batches(
+        shards,
+        micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        transforms=_transforms(recipe, "evaluate", shards),
+        workers=recipe.data.workers,
+        scale=recipe.data.scale,
+    )
+
+
+def _transforms(recipe: Recipe, mode: str, shards: Shards) -> list[Any]:
+    specs = getattr(recipe.data.transforms, mode)
+    statistics = shards.index.statistics
+    return [
+        components.build("transform", spec, f"data.transforms.{mode}.{i}", statistics=statistics)
+        for i, spec in enumerate(specs)
+    ]
 
 
 def _metric(name: str) -> Metric:
@@ -378,8 +415,6 @@ def _begin(trainer: Trainer, resume: str | None) -> None:
             )
     if reader is not None:
         trainer.load(reader)
-    else:
-        starting_weights.load(trainer.recipe, trainer.engines, world, directory)
     if world.is_main:
         directory.cut(trainer.step)
     world.barrier()

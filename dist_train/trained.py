@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import checkpoint, randomness
-from dist_train.data import evaluation_batches
+from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import locate
 from dist_train.errors import CheckpointError, UserError
 from dist_train.recipe import Recipe
-from dist_train.run import build
+from dist_train.run import build, data_folder, evaluation_of
 from dist_train.run_directory import RunDirectory
 from dist_train.trainer import Trainer
 from dist_train.world import World, pin_threads
@@ -23,7 +23,7 @@ def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
     silent = {
         k: v
         for k, v in recipe.callback_specs.items()
-        if v["name"] not in ("console", "wandb", "samples")
+        if v["name"] not in ("console", "wandb", "samples", "confusion")
     }
     recipe = recipe.set("callbacks", silent).set("strategy", "single")
     recipe.importable()
@@ -49,11 +49,9 @@ def evaluate(
         raise UserError(f"{run_dir}: its recipe has no evaluate section, so no metrics are known")
     trainer = restore(run_dir, recipe)
     if data is not None or split is not None:
-        trainer.evaluation = evaluation_batches(
-            recipe,
-            trainer.world,
-            split or recipe.evaluate.split,
-            None if data is None else locate(data, Path.cwd()),
+        folder = data_folder(recipe) if data is None else locate(data, Path.cwd())
+        trainer.evaluation = evaluation_of(
+            recipe, Shards(folder, split or recipe.evaluate.split), trainer.world
         )
     results = trainer.evaluate(recipe.evaluate.weights)
     return {"run_dir": str(run_dir), "step": trainer.step, "results": results}

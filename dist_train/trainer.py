@@ -18,7 +18,7 @@ from dist_train.errors import CheckpointError, UserError, nearest
 from dist_train.faults import faultpoint
 from dist_train.heartbeat import Heartbeat
 from dist_train.meter import Meter
-from dist_train.metrics import Metric
+from dist_train.metrics import Metric, figures
 from dist_train.networks import Networks
 from dist_train.objectives import Objective, Turn
 from dist_train.world import World
@@ -260,14 +260,7 @@ class Trainer:
                 metric.update(outputs, micro)
             self.callbacks.call("evaluation_batch", self, outputs, micro)
             faultpoint("evaluate")
-        sums = torch.stack(
-            [metric.sums().to(self.world.device) for metric in self.metrics.values()]
-        )
-        totals = self.world.sum_(sums).tolist()
-        results = {
-            name: metric.finish(*pair)
-            for (name, metric), pair in zip(self.metrics.items(), totals, strict=True)
-        }
+        results = figures(self.metrics, self.world)
         self.callbacks.call("evaluated", self, results)
         return results
 

@@ -21,12 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import UserError
-from dist_train.rendezvous import meet
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_TRAIN_TIMEOUT", "600")))
 """How long a rank waits in a collective for the others before it fails. Never torch's 30 minutes."""
-START_TIMEOUT = timedelta(minutes=5)
-"""How long the ranks wait for each other at the start."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +41,11 @@ class World:
         return self.rank == 0
 
     @classmethod
-    def join(
-        cls,
-        environ: Mapping[str, str] = os.environ,
-        *,
-        group: bool = False,
-        timeout: timedelta | None = None,
-    ) -> World:
+    def join(cls, environ: Mapping[str, str] = os.environ, *, group: bool = False) -> World:
         """Take the place that the launcher (torchrun, accelerate, deepspeed, ours) gave in RANK, WORLD_SIZE, ....
 
         Without those variables this process is the whole world. `group` asks for a process group even then (DeepSpeed
-        cannot do without one). A collective fails after `timeout`, by default COLLECTIVE_TIMEOUT.
+        cannot do without one).
         """
         import torch
         import torch.distributed as dist
@@ -69,19 +60,23 @@ class World:
             torch.cuda.set_device(device)
         else:
             device = "cpu"
-        timeout = timeout or COLLECTIVE_TIMEOUT
         if (size > 1 or group) and not dist.is_initialized():
-            alone = "DIST_TRAIN_RENDEZVOUS" in environ or environ.get("MASTER_ADDR") in LOOPBACK
-            if device == "cpu" and alone:
+            rendezvous = environ.get("DIST_TRAIN_RENDEZVOUS")
+            store: dist.Store | None = None  # None: by MASTER_ADDR and MASTER_PORT
+            if rendezvous:
+                store = dist.FileStore(rendezvous, size)
+            elif size == 1:
+                store = dist.HashStore()
+            if device == "cpu" and (rendezvous or environ.get("MASTER_ADDR") in LOOPBACK):
                 os.environ.setdefault(
                     "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
                 )
             dist.init_process_group(
                 "nccl" if device.startswith("cuda") else "gloo",
-                store=meet(environ, rank, size, min(timeout, START_TIMEOUT)),
-                rank=rank,
-                world_size=size,
-                timeout=timeout,
+                store=store,
+                rank=rank if store is not None else -1,
+                world_size=size if store is not None else -1,
+                timeout=COLLECTIVE_TIMEOUT,
             )
         return cls(rank, size, local_rank, local_size, device)
 

@@ -409,3 +409,10 @@ def train_cases(cases: list[list[Any]]) -> None:
 
 
 __all__ = ["Trace"]
+
+
+def confusion_run(data: str, folder: str) -> None:
+    """A few steps and one evaluation with its confusion matrix."""
+    recipe = tiny_recipe("resnet", data, duration="3 steps", callbacks__confusion={})
+    evaluate = {"split": "test", "every": "3 steps", "metrics": ["accuracy"], "micro_batch": 7}
+    run.train(recipe.set("evaluate", evaluate), run_dir=folder)

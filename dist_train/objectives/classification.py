@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,28 +14,89 @@ from dist_train.objectives import Objective, Turn
 
 
 class Classification(Objective):
-    """Cross-entropy of `model(image) -> logits (B, K)` against `label` (B,), with optional label smoothing.
+    """Cross-entropy of `model(image) -> logits (B, K)` against `label` (B,).
 
-    Label smoothing (Szegedy et al. 2016, sec. 7): the target is 1 - s for the right class plus s / K for each.
+    Args:
+        label_smoothing: s: the target is 1 - s for the right class plus s / K for each (Szegedy et al. 2016, sec. 7).
+        mixup: alpha > 0 blends each image with another of its micro-batch, share ~ Beta(alpha, alpha), and their
+            losses alike (Zhang et al. 2018, arXiv:1710.09412). 0 for none.
+        cutmix: alpha > 0 pastes a rectangle of another image instead (Yun et al. 2019, arXiv:1905.04899).
+            With both, each micro-batch gets one of the two.
+        inputs: the field that the model sees.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        inputs: str = "image",
+    ) -> None:
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if mixup < 0.0 or cutmix < 0.0:
+            raise ValueError(f"mixup and cutmix are 0 or more, got {mixup} and {cutmix}")
+        self.label_smoothing, self.mixup, self.cutmix = label_smoothing, mixup, cutmix
+        self.inputs = inputs
 
     def loss(
         self, turn: Turn, networks: Networks, micro: MicroBatch, scalars: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = networks.model(micro["image"])
-        loss = F.cross_entropy(logits, micro["label"], label_smoothing=self.label_smoothing)
+        x, label = micro[self.inputs], micro["label"]
+        if self.mixup == self.cutmix == 0.0:
+            loss = self._cross_entropy(networks.model(x), label)
+        else:
+            other = torch.randperm(len(x), device=x.device)  # (B,): whom each is mixed with
+            x, share = self._mixed(x, x[other])
+            logits = networks.model(x)
+            loss = share * self._cross_entropy(logits, label)
+            loss = loss + (1 - share) * self._cross_entropy(logits, label[other])
         return loss, {"loss": loss.detach()}
 
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
-        logits = networks.model(micro["image"])
-        losses = F.cross_entropy(
-            logits[: micro.real], micro["label"][: micro.real], reduction="none"
-        )
+        logits = networks.model(micro[self.inputs])
+        losses = F.cross_entropy(logits, micro["label"], reduction="none")
         return {
             "logits": logits,
-            "loss_sum": losses.double().sum(),
+            "nll": losses,
+            "loss_sum": losses[: micro.real].double().sum(),
             "loss_count": losses.new_tensor(micro.real),
         }
+
+    def _cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+
+    def _mixed(self, x: Tensor, other: Tensor) -> tuple[Tensor, float]:
+        """The mixed images, and the share of each that is its own. The draws are the CPU's: no rank has to wait."""
+        cut = self.cutmix > 0.0 and (self.mixup == 0.0 or torch.rand(()).item() < 0.5)
+        alpha = torch.tensor(self.cutmix if cut else self.mixup)
+        share = torch.distributions.Beta(alpha, alpha).sample().item()
+        return cutmix(x, other, share, torch.rand(2)) if cut else (mixup(x, other, share), share)
+
+
+def mixup(x: Tensor, other: Tensor, share: float) -> Tensor:
+    """share x + (1 - share) other."""
+    return share * x + (1 - share) * other
+
+
+def cutmix(x: Tensor, other: Tensor, share: float, place: Tensor) -> tuple[Tensor, float]:
+    """Paste a rectangle of `other` (B, C, H, W), 1 - share of the area, centred at `place` (2,) in [0, 1), into x.
+
+    Returns the images and the share that is left of x, which is more than `share` where an edge cuts the rectangle.
+    """
+    height, width = x.shape[-2:]
+    side = (1 - share) ** 0.5
+    (top, bottom), (left, right) = (
+        _span(size, side, centre)
+        for size, centre in zip((height, width), place.tolist(), strict=True)
+    )
+    x = x.clone()
+    x[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return x, 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _span(size: int, side: float, centre: float) -> tuple[int, int]:
+    """The pixels [first, last) of a side of the rectangle that lie in the image."""
+    length, middle = int(size * side), int(size * centre)
+    first = middle - length // 2
+    return max(first, 0), min(first + length, size)
