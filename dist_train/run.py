@@ -138,7 +138,7 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
         _log_to(directory.logs / f"rank-{world.rank}.log")
         if options.quick:
             first = build(recipe, world, directory, options.overfit, options.micro_order, model)
-            _begin(first, resume)
+            begin(first, resume)
             with _watched(first):
                 first.train(until=1)
                 first.save()
@@ -146,7 +146,7 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
             resume = "auto"
         trainer = build(recipe, world, directory, options.overfit, options.micro_order, model)
         try:
-            _begin(trainer, resume)
+            begin(trainer, resume)
             with _watched(trainer):
                 trainer.train(until=options.until)
             trainer.callbacks.call("run_ends", trainer)
@@ -388,7 +388,7 @@ def _same_recipe(new: Recipe, old: Recipe, path: Path) -> None:
             )
 
 
-def _begin(trainer: Trainer, resume: str | None) -> None:
+def begin(trainer: Trainer, resume: str | None) -> None:
     """Bring the trainer to where the run is: its last whole checkpoint, or the start."""
     world, directory = trainer.world, trainer.directory
     reader = None

@@ -283,7 +283,7 @@ class Trainer:
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.by_name.items()},
             "data": {"step": self.step, "index": self.fingerprint},
         }
-        pairs = list(self._slices())
+        pairs = list(self.slices())
         shared = [
             pair for pair in pairs if pair[1].replicated
         ]  # the same on every rank, so each writes a part of them
@@ -327,7 +327,7 @@ class Trainer:
             for name, part in callback.slices():
                 reader.fill(f"callbacks/{instance}/{name}", part)
 
-    def _slices(self) -> Iterator[tuple[str, Slice]]:
+    def slices(self) -> Iterator[tuple[str, Slice]]:
         for engine in self.engines.values():
             yield from engine.slices()
         for instance, callback in self.callbacks.by_name.items():

@@ -139,14 +139,19 @@ class World:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def threads_a_rank(setting: str | int, local_size: int) -> int:
+    """How many threads each of `local_size` ranks of this machine takes: as set, or its share of the cores."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, cores // local_size) if setting == "auto" else int(setting)
+
+
 def pin_threads(setting: str | int, local_size: int) -> int:
     """Give this rank its share of the machine's cores; the same number of threads is part of "bit for bit"."""
     import torch
 
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    threads = max(1, cores // local_size) if setting == "auto" else int(setting)
+    threads = threads_a_rank(setting, local_size)
     torch.set_num_threads(threads)
     return threads
 

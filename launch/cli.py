@@ -25,6 +25,7 @@ from dist_train.launch import (
     shards,
     train,
     trained,
+    verify,
 )
 from dist_train.launch.output import fail
 
@@ -64,6 +65,7 @@ checkpoints.register(app)
 catalogue.register(app)
 doctor.register(app)
 new.register(app)
+verify.register(app)
 
 
 def main(arguments: Sequence[str]) -> int:

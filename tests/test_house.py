@@ -132,7 +132,7 @@ FLOORS = [  # each may import those above it in this list, and its own
     {"callbacks"},
     {"trainer"},
     {"run"},
-    {"trained", "testing"},
+    {"trained", "testing", "verify"},
     {"export"},
 ]
 
