@@ -42,9 +42,7 @@ def verify(
 
     loaded = Recipe.load(recipe, settings or ())
     say = lambda line: typer.echo(line, err=True)
-    result = answer(
-        as_json, lambda: prove(loaded, ranks=ranks, steps=steps, report=say), show=show
-    )
+    result = answer(as_json, lambda: prove(loaded, ranks=ranks, steps=steps, report=say), show=show)
     if not result["passed"]:
         raise typer.Exit(1)
 
@@ -95,15 +93,17 @@ def _cell(worst: dict[str, Any]) -> str:
 
 
 def _verdict(row: dict[str, Any]) -> str:
-    return {"pass": "[green]same[/]", "fail": "[bold red]DIFFERS[/]"}.get(row["verdict"], row["verdict"])
+    return {"pass": "[green]same[/]", "fail": "[bold red]DIFFERS[/]"}.get(
+        row["verdict"], row["verdict"]
+    )
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
     operations = ", ".join(result["nondeterministic"])
     return [
-        "difference/bound, of what is closest to its bound. locked: one step from each state of the one process; free: all",
-        "steps on its own. loss, gradient: of every turn; state: weights, optimiser, buffers and averages after the step.",
-        "A bound is ten times what one process differs by when it only sums in another order (its row: the floor), and at",
-        "least the rounding of fp32: order is all that may differ. Killed and resumed in the same place may differ by nothing.",
+        "Largest difference / its bound. locked: one step from each state of the one process; free: all steps alone.",
+        "loss and gradient of every turn; state: weights, optimiser, buffers, averages after the step.",
+        "A bound is ten times the floor, what one process differs by when it only sums in another order, and at least",
+        "the rounding of fp32: only order may differ. Killed and resumed in the same place, nothing may.",
         f"no deterministic kernel: {operations or 'every operation has one here'}",
     ]

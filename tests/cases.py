@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from dist_train import checkpoint, faults, run
+from dist_train import faults, run
 from dist_train.callbacks import Callback
 from dist_train.objectives.classification import Classification
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import Trace
 from dist_train.trainer import Trainer
-from dist_train.world import World, pin_threads
+from dist_train.verify import parity, rank, verdict
+from dist_train.world import World
 
 MODELS = ("resnet", "transformer", "wgan_gp")
 STEPS = 20
@@ -140,21 +140,12 @@ def strategy(name: str) -> dict[str, Any]:
     return {"name": name, "persistence_threshold": 0} if name == "zero3" else {"name": name}
 
 
-@contextlib.contextmanager
 def trainer_of(
     recipe: Recipe, world: World, directory: Path, micro_order: str = "forward"
-) -> Iterator[Trainer]:
+) -> contextlib.AbstractContextManager[Trainer]:
     """A trainer at step 0 with the trace of its losses."""
-    pin_threads(1, 1)
-    if world.is_main and not directory.exists():
-        RunDirectory.create_at(directory)
-    world.barrier()
-    recipe = recipe.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
-    trainer = run.build(recipe, world, RunDirectory(directory), micro_order=micro_order)
-    trainer.callbacks.call("run_begins", trainer)
-    yield trainer
-    trainer.callbacks.call("run_ends", trainer)
-    trainer.directory.close()
+    traced = recipe.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
+    return parity.trainer_of(traced, world, directory, micro_order)
 
 
 class Interrupted(Classification):
@@ -182,182 +173,51 @@ class Late(Callback):
             time.sleep(0.06)
 
 
-class Gradients(Callback):
-    """Keeps every turn's whole gradients and loss."""
-
-    priority = 1  # before clipping is decided; it is done later, in the engine's step
-
-    def __init__(self) -> None:
-        self.turns: list[tuple[str, float, dict[str, torch.Tensor]]] = []
-
-    def gradients_ready(self, run: Trainer, turn: Any) -> None:
-        loss = run.world.sum_(run.losses[turn.player].double().clone())
-        gradients = run.engines[turn.player].full_gradients()
-        self.turns.append(
-            (turn.player, float(loss), {n: g.float().clone() for n, g in gradients.items()})
-        )
+def bare(recipe: Recipe) -> Recipe:
+    """Without checkpoints of its own, as `verify` runs it."""
+    return recipe.set("callbacks.checkpoint", None)
 
 
-def reference(model: str, micro_batches: int, data: str, folder: str) -> None:
-    """One process: STEPS steps, with a checkpoint and the gradients of every step, and the free-running losses."""
-    recipe = tiny_recipe(model, data, micro_batches=micro_batches, strategy="single")
-    recipe = recipe.set("callbacks.checkpoint", None)
-    world = World()
-    with trainer_of(recipe, world, Path(folder)) as trainer:
-        kept = Gradients()
-        trainer.callbacks.by_name = {"gradients": kept, **trainer.callbacks.by_name}
-        for step in range(STEPS):
-            trainer.save()
-            trainer.train(until=step + 1)
-            tensors = {
-                f"{i}/{player}/{name}": gradient
-                for i, (player, _, gradients) in enumerate(kept.turns)
-                for name, gradient in gradients.items()
-            }
-            losses = {
-                f"{i}/{player}/loss": torch.tensor(loss, dtype=torch.float64)
-                for i, (player, loss, _) in enumerate(kept.turns)
-            }
-            save_file({**tensors, **losses}, Path(folder) / f"gradients-{step}.safetensors")
-            kept.turns.clear()
+def references(cases: dict[str, dict[str, Any]], folder: str, steps: int) -> dict[str, Any]:
+    """The losses and the floor of one process, for each {name: recipe's settings}."""
+    found = {}
+    for name, settings in cases.items():
+        plain = (bare(Recipe(**settings)).as_dict(), name, Path.cwd())
+        found[name] = rank.reference(plain, str(Path(folder) / name), steps)
+    return found
 
 
-def step_locked(
-    recipe: Recipe, world: World, folder: Path, reference_folder: Path
+def parity_grid(
+    cases: list[list[Any]], truth: dict[str, Any], data: str, folder: str
 ) -> dict[str, Any]:
-    """From each reference state take one step, and compare its losses and gradients with the reference's.
-
-    Returns the largest differences: of a loss, relative to it, and of a gradient, relative to the tensor's norm, or to
-    1 % of the global norm where that is more: what cancels to almost 0 (a bias before a norm) is mostly rounding.
-    """
-    worst = {"loss": 0.0, "gradient": 0.0, "where": ""}
-    recipe = recipe.set("callbacks.checkpoint", None)
-    with trainer_of(recipe, world, folder) as trainer:
-        kept = Gradients()
-        trainer.callbacks.by_name = {"gradients": kept, **trainer.callbacks.by_name}
-        for step in range(STEPS):
-            trainer.load_weights(
-                checkpoint.Reader(checkpoint.at(reference_folder / "checkpoints", step))
-            )
-            trainer.step = step
-            trainer.train(until=step + 1)
-            expected = load_file(reference_folder / f"gradients-{step}.safetensors")
-            for i, (player, loss, gradients) in enumerate(kept.turns):
-                true_loss = float(expected[f"{i}/{player}/loss"])
-                worst["loss"] = max(worst["loss"], abs(loss - true_loss) / max(abs(true_loss), 1.0))
-                truth = {name: expected[f"{i}/{player}/{name}"] for name in gradients}
-                whole = torch.stack([g.norm() for g in truth.values()]).norm()
-                for name, gradient in gradients.items():
-                    scale = torch.maximum(truth[name].norm(), 0.01 * whole)
-                    difference = float((gradient - truth[name]).norm() / scale)
-                    if difference > worst["gradient"]:
-                        worst |= {"gradient": difference, "where": f"step {step}, {player}/{name}"}
-            kept.turns.clear()
-    return worst
-
-
-def free_running(
-    recipe: Recipe, world: World, folder: Path, micro_order: str = "forward"
-) -> list[float]:
-    """The global losses of STEPS steps, turn by turn."""
-    with trainer_of(
-        recipe.set("callbacks.checkpoint", None), world, folder, micro_order
-    ) as trainer:
-        kept = Losses()
-        trainer.callbacks.by_name["losses"] = kept
-        trainer.train()
-    return kept.losses
-
-
-class Losses(Callback):
-    """Keeps the global loss of every turn."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def step_ends(self, run: Trainer) -> None:
-        for player in sorted(run.losses):
-            self.losses.append(float(run.world.sum_(run.losses[player].double().clone())))
-
-
-def parity_grid(cases: list[list[Any]], data: str, folder: str) -> dict[str, Any]:
-    """Every (model, strategy, accumulation) of `cases` in this world: step-locked and free-running."""
+    """The differences of every (model, strategy, accumulation) of `cases` in this world, all judged."""
     world = World.join(group=True)
     found = {}
     for model, name, accumulation in cases:
-        micro_batches = accumulation * world.size
-        recipe = tiny_recipe(model, data, micro_batches=micro_batches, strategy=strategy(name))
+        count = accumulation * world.size
+        recipe = tiny_recipe(model, data, micro_batches=count, strategy=strategy(name))
+        one = truth[f"{model}-{count}"]
+        reference = Path(folder) / f"{model}-{count}" / "reference"
         case = f"{model}-{name}-{accumulation}"
-        truth = Path(folder) / f"{model}-{micro_batches}"
-        locked = step_locked(recipe, world, Path(folder) / f"locked-{case}", truth)
-        losses = free_running(recipe, world, Path(folder) / f"free-{case}")
-        found[case] = {**locked, "losses": losses}
+        with parity.trainer_of(bare(recipe), world, Path(folder) / case) as trainer:
+            differences = parity.free_running(trainer, reference, one["steps"], one["losses"])
+            differences |= parity.step_locked(trainer, reference, one["steps"])
+        found[case] = verdict.summary(verdict.judge(differences, one["floor"]), world.size)
     world.leave()
     return found
 
 
-@contextlib.contextmanager
-def planted(bug: str) -> Iterator[None]:
-    """Break the engine in a way that people have broken theirs."""
-    from dist_train.buckets import Buckets
-    from dist_train.engine.zero import ZeroEngine
-
-    kept = ZeroEngine._stream, Buckets._launch, Buckets.finish
-    if bug == "wrong loss scale":
-
-        def _stream(self: Any, loss: Any, last: bool) -> None:
-            kept[0](self, loss / self.world.size, last)
-
-        ZeroEngine._stream = _stream  # type: ignore[method-assign]
-    elif bug == "forgotten reduction":
-
-        class Done:
-            def wait(self) -> None: ...
-
-        Buckets._launch = lambda self: self.work.append(Done())  # type: ignore[method-assign]
-    elif bug == "local clip norm":
-
-        def finish(self: Any) -> None:
-            for flat in self.flat:
-                flat.mul_(torch.clamp(0.5 / self.world.size / flat.norm(), max=1.0))
-            kept[2](self)
-
-        Buckets.finish = finish  # type: ignore[method-assign]
-        Buckets._ready = lambda self, index: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ZeroEngine._stream, Buckets._launch, Buckets.finish = kept  # type: ignore[method-assign]
-
-
-def broken_grid(cases: list[list[str]], data: str, folder: str) -> dict[str, Any]:
-    """Step-locked differences of each (bug, model, strategy)."""
+def planted_grid(cases: list[list[Any]], truth: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The verdict on each (bug, name of its reference, settings): the bug is a callback of planted.py."""
     world = World.join(group=True)
     found = {}
-    for number, (bug, model, name) in enumerate(cases):
-        recipe = tiny_recipe(model, data, micro_batches=world.size, strategy=strategy(name))
-        with planted(bug):
-            found[f"{bug}-{model}-{name}"] = step_locked(
-                recipe,
-                world,
-                Path(folder) / f"broken-{number}",
-                Path(folder) / f"{model}-{world.size}",
-            )
+    for bug, name, settings in cases:
+        recipe = bare(Recipe(**settings)).set("callbacks.bug", {"name": f"planted:{bug}"})
+        reference = Path(folder) / name / "reference"
+        with parity.trainer_of(recipe, world, Path(folder) / f"broken-{bug}") as trainer:
+            differences = parity.step_locked(trainer, reference, truth[name]["steps"])
+        found[bug] = verdict.summary(verdict.judge(differences, truth[name]["floor"]), world.size)
     world.leave()
-    return found
-
-
-def references(models: list[str], counts: list[int], data: str, folder: str) -> dict[str, Any]:
-    """The reference runs, and the free-running losses of one process with its micro-batches in each order."""
-    found = {}
-    for model in models:
-        for count in counts:
-            path = Path(folder) / f"{model}-{count}"
-            reference(model, count, data, str(path))
-            for order in ("forward", "reversed"):
-                recipe = tiny_recipe(model, data, micro_batches=count, strategy="single")
-                free = Path(folder) / f"free-{model}-{count}-{order}"
-                found[f"{model}-{count}-{order}"] = free_running(recipe, World(), free, order)
     return found
 
 
@@ -381,8 +241,8 @@ def in_float64(name: str, data: str, folder: str) -> dict[str, list[float]]:
         recipe = tiny_recipe(model, data, strategy=name).set("callbacks.checkpoint", None)
         with trainer_of(recipe, world, Path(folder) / f"{name}-{model}") as trainer:
             trainer.data = Doubled(trainer.data)
-            kept = Losses()
-            trainer.callbacks.by_name["losses"] = kept
+            kept = parity.Losses()
+            parity.watch(trainer, kept)
             trainer.train()
         found[model] = kept.losses
     world.leave()
@@ -408,11 +268,11 @@ def train_cases(cases: list[list[Any]]) -> None:
         train_case(settings, run_dir, "", resume)
 
 
-__all__ = ["Trace"]
-
-
 def confusion_run(data: str, folder: str) -> None:
     """A few steps and one evaluation with its confusion matrix."""
     recipe = tiny_recipe("resnet", data, duration="3 steps", callbacks__confusion={})
     evaluate = {"split": "test", "every": "3 steps", "metrics": ["accuracy"], "micro_batch": 7}
     run.train(recipe.set("evaluate", evaluate), run_dir=folder)
+
+
+__all__ = ["RunDirectory", "Trace"]

@@ -97,7 +97,12 @@ def test_elastic_run(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def _free(settings: dict[str, Any], folder: str, order: str) -> list[float]:
-    return cases.free_running(cases.Recipe(**settings), cases.World(), Path(folder), order)
+    recipe = cases.bare(cases.Recipe(**settings))
+    with cases.trainer_of(recipe, cases.World(), Path(folder), order) as trainer:
+        kept = cases.parity.Losses()
+        cases.parity.watch(trainer, kept)
+        trainer.train()
+    return kept.losses
 
 
 def test_tars_from_elsewhere_train_without_conversion(tmp_path: Path) -> None:

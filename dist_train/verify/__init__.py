@@ -69,9 +69,7 @@ def verify(
         rows = [_row("one process: the floor", 1, verdict.judge_floor(floor))]
         report(f"{ranks} ranks: {', '.join(chosen)}")
         losses = one["losses"]
-        found = start_ranks(
-            ranks, rank.strategies, _plain(bare), scratch, steps, losses, chosen
-        )[0]
+        found = start_ranks(ranks, rank.strategies, _plain(bare), scratch, steps, losses, chosen)[0]
         for name, result in found.items():
             if "refused" in result:
                 rows.append({"run": name, "ranks": ranks, "verdict": "refused"} | result)
@@ -142,7 +140,11 @@ def _plain(recipe: Recipe) -> rank.Plain:
 
 def _row(name: str, ranks: int, judged: list[verdict.Judged]) -> dict[str, Any]:
     found = verdict.summary(judged, ranks)
-    return {"run": name, "ranks": ranks, "verdict": "pass" if found.pop("passed") else "fail"} | found
+    return {
+        "run": name,
+        "ranks": ranks,
+        "verdict": "pass" if found.pop("passed") else "fail",
+    } | found
 
 
 def _killed_and_resumed(
@@ -182,7 +184,9 @@ def _killed_and_resumed(
     rows = [{"run": f"killed, resumed ({own})", "ranks": ranks} | _same(whole, killed)]
     if other is not None:
         differences = _moved(whole, moved)
-        rows.append(_row(f"killed, resumed ({own} to {other})", ranks, verdict.judge(differences, floor)))
+        rows.append(
+            _row(f"killed, resumed ({own} to {other})", ranks, verdict.judge(differences, floor))
+        )
     return rows
 
 
@@ -205,7 +209,9 @@ def _moved(whole: Path, moved: Path) -> Differences:
     ends = [checkpoint.Reader(checkpoint.resolve(path)) for path in (whole, moved)]
     names = {name.partition("/")[2]: name for name in ends[1].tensors if "callbacks/" not in name}
     weights = {
-        short: ends[1].whole(name) for short, name in names.items() if name.startswith(("weights/", "buffers/"))
+        short: ends[1].whole(name)
+        for short, name in names.items()
+        if name.startswith(("weights/", "buffers/"))
     }
     due, taken = (sample_ids(read_trace(path)) for path in (whole, moved))
     found: Differences = {

@@ -29,7 +29,7 @@ from dist_train.world import World, pin_threads
 Differences = dict[str, list[float]]
 
 SMALL = 0.01
-"""A tensor below this share of the whole is measured against that share: what cancels to almost 0 is mostly rounding."""
+"""Below this share of the whole a tensor is measured against that share: what cancels to almost 0 is rounding."""
 ROUNDING = 2.0**-23
 """Storing a weight in fp32 rounds it by at most half of this, relative to its size."""
 
@@ -141,6 +141,16 @@ def state_at(reference: Path, step: int) -> checkpoint.Reader:
     return checkpoint.Reader(checkpoint.at(reference / "checkpoints", step))
 
 
+def go_to(trainer: Trainer, state: checkpoint.Reader) -> None:
+    """Become what the state holds; callbacks that only watch are in none."""
+    everyone = trainer.callbacks.by_name
+    saved = state.values["callbacks"]
+    trainer.callbacks.by_name = {name: c for name, c in everyone.items() if name in saved}
+    trainer.load(state)
+    trainer.load_callbacks(state)
+    trainer.callbacks.by_name = everyone
+
+
 def step_locked(trainer: Trainer, reference: Path, steps: int) -> Differences:
     """From each reference state take one step, and compare all that it computes and leaves (collective)."""
     found: Differences = {}
@@ -148,8 +158,7 @@ def step_locked(trainer: Trainer, reference: Path, steps: int) -> Differences:
     watch(trainer, kept)
     for step in range(steps):
         before = state_at(reference, step)
-        trainer.load(before)
-        trainer.load_callbacks(before)
+        go_to(trainer, before)
         trainer.train(until=step + 1)
         expected = load_file(reference / f"step-{step}.safetensors")
         mine: Differences = {}
@@ -252,10 +261,10 @@ def _state_differences(
     for name, values in total.items():
         groups[_group(name)] = groups.get(_group(name), 0.0) + values[2]
     found: Differences = {}
-    for name, (wrong, due, changed, along) in total.items():
-        scale = max(math.sqrt(changed), SMALL * math.sqrt(groups[_group(name)]))
-        beyond = max(0.0, math.sqrt(wrong) - ROUNDING * math.sqrt(due))
-        found[f"{step}/state/{name}"] = [_over(beyond, scale), along / max(changed, 1e-30)]
+    for name, (off, size, change, along) in total.items():
+        scale = max(math.sqrt(change), SMALL * math.sqrt(groups[_group(name)]))
+        beyond = max(0.0, math.sqrt(off) - ROUNDING * math.sqrt(size))
+        found[f"{step}/state/{name}"] = [_over(beyond, scale), along / max(change, 1e-30)]
     return found
 
 

@@ -1,0 +1,122 @@
+"""`verify` finds the bugs that people have, names the tensor, and passes what is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cases
+import planted
+import pytest
+
+from dist_train.launch.cli import main
+from dist_train.testing import spawn_ranks
+from dist_train.verify import verdict
+
+STEPS = 3
+BUGS = {  # bug: (model, strategy, what differs first, part of the cause)
+    "WrongLossScale": ("transformer", "zero2", "gradient of step 0, ", "divided by the ranks"),
+    "ForgottenReduction": ("resnet", "ddp", "gradient of step 0, ", "not, or not all, summed"),
+    "NoBug": ("unseeded", "ddp", "loss of step 0, ", "a generator of the model's own"),
+    "RepeatingSampler": ("resnet", "zero1", "samples of step 1, ", "a sampler that repeats"),
+    "LocalClip": ("transformer", "ddp", "state of step 0, ", "a local norm"),
+    "LocalMean": ("transformer", "zero3", "loss of step 0, ", "its own count (of tokens"),
+    "TwiceUpdatedBuffer": ("resnet", "zero2", "state of step 0, buffers/", "2 times as far"),
+}
+
+
+def settings(model: str, strategy: str, data: Path) -> dict[str, Any]:
+    recipe = cases.tiny_recipe("resnet" if model == "unseeded" else model, data, micro_batches=4)
+    if model == "unseeded":
+        recipe = recipe.set("model", {"name": "planted:UnseededDropout"})
+    if model == "transformer":  # clipped in every step
+        recipe = recipe.set("callbacks.clip_gradients", {"norm": 0.1})
+    recipe = recipe.set("callbacks.bug", {"name": "planted:NoBug"})
+    return recipe.set("strategy", cases.strategy(strategy)).as_dict()
+
+
+@pytest.fixture(scope="module")
+def found(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("planted"))
+    models = sorted({model for model, *_ in BUGS.values()})
+    plans = {model: settings(model, "ddp", tiny_data) for model in models}
+    (truth,) = spawn_ranks(1, cases.references, plans, folder, STEPS, timeout=120)
+    grid = [[bug, m, settings(m, strategy, tiny_data)] for bug, (m, strategy, *_) in BUGS.items()]
+    return spawn_ranks(2, cases.planted_grid, grid, truth, folder, timeout=120)[0] | {"one": truth}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found_and_named(found: dict[str, Any], bug: str) -> None:
+    *_, first, cause = BUGS[bug]
+    print(found[bug]["first"], "|", found[bug]["cause"])
+    assert not found[bug]["passed"]
+    assert found[bug]["first"].startswith(first)
+    assert cause in found[bug]["cause"]
+
+
+def test_one_process_that_draws_for_itself_does_not_repeat_itself(found: dict[str, Any]) -> None:
+    floor = verdict.judge_floor(found["one"]["unseeded"]["floor"])
+    assert not verdict.summary(floor, 1)["passed"]
+    for model in ("resnet", "transformer"):
+        floor = verdict.judge_floor(found["one"][model]["floor"])
+        assert verdict.summary(floor, 1)["passed"], model
+
+
+def test_the_bound_follows_the_floor() -> None:
+    floor = {"0/gradient/a": [3e-7, 1.0], "free/loss/loss 0": [2e-3, 1.0]}
+    found = {
+        "0/gradient/a": [2.9e-6, 1.0],
+        "0/gradient/b": [2.9e-6, 1.0],
+        "free/loss/loss 4": [1.9e-2, 1.0],
+    }
+    judged = verdict.judge(found, floor)
+    assert [one.bound for one in judged] == pytest.approx([3e-6, 1e-6, 2e-2])
+    assert [one.broken for one in judged] == [False, True, False]
+    assert verdict.summary(judged, 2)["first"] == "gradient of step 0, b"
+    for difference, low in ((float("nan"), 0.0), (0.1, 0.1)):  # the second: no floor is so high
+        name = "0/loss/model"
+        assert verdict.judge({name: [difference, 1.0]}, {name: [low, 1.0]})[0].broken
+
+
+def test_the_command_proves_a_recipe_with_parts_of_its_own(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = cases.tiny_recipe("wgan_gp", tiny_data, duration="9 steps", strategy="zero1")
+    recipe = recipe.set("callbacks.bug", {"name": "planted:NoBug"})
+    file = tmp_path / "recipe.yaml"
+    (tmp_path / "planted.py").write_text(Path(planted.__file__).read_text())
+    file.write_text(recipe.to_yaml())
+    assert main(["verify", str(file), "--steps", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] and result["steps"] == 3
+    names = [row["run"] for row in result["rows"]]
+    assert names[1:5] == ["ddp", "zero1", "zero2", "zero3"]
+    assert names[5:] == ["killed, resumed (zero1)", "killed, resumed (zero1 to zero2)"]
+    assert [row["verdict"] for row in result["rows"]] == ["pass"] * 7
+    assert all(row["worst"]["gradient"]["difference"] <= 1e-6 for row in result["rows"][:5])
+
+
+def test_the_command_ends_in_1_where_a_recipe_hides_state(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = cases.tiny_recipe("resnet", tiny_data)
+    recipe = recipe.set("model", {"name": "planted:UnseededDropout"})
+    (tmp_path / "planted.py").write_text(Path(planted.__file__).read_text())
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["verify", str(tmp_path / "recipe.yaml"), "--steps", "2"]) == 1
+    out = capsys.readouterr().out
+    assert "one process: the floor: first to differ: loss of step 0, model" in out
+    assert "a generator of the model's own" in out
+    assert "is in no checkpoint" in out
+
+
+def test_ranks_that_cannot_share_the_batch(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(cases.tiny_recipe("resnet", tiny_data).to_yaml())
+    assert main(["verify", str(file), "--ranks", "3"]) == 2
+    assert "ranks that divide them: 2, 4; data.micro_batch for 3 ranks: 1, 2, 4" in (
+        capsys.readouterr().err
+    )
