@@ -25,6 +25,7 @@ COMMANDS = [
     "list",
     "doctor",
     "new",
+    "verify",
     "shards",
     "checkpoint",
 ]
