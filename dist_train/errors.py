@@ -14,6 +14,14 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged, missing or does not fit the run."""
 
 
+class Interrupted(Exception):
+    """The run was told to end early, and ended as it should. `code`: 75 (start it again), or 130 after Ctrl-C."""
+
+    def __init__(self, message: str, code: int = 75) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return `, did you mean 'x'?` for the closest of `names`, or nothing when none is close."""
     close = difflib.get_close_matches(str(name), list(names), n=1)

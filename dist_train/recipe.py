@@ -6,6 +6,7 @@ without torch; the arguments of its parts by `Recipe.check_components`, before a
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,9 @@ class Recipe(Section):
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="auto, or a whole number of threads a rank, 1 or more"
     )
+    launch: dict[str, Any] = Field(
+        default={}, description="a mapping of what `launch` takes: on, nodes, gpus_per_node, ..."
+    )
 
     _source: str = PrivateAttr("recipe")
     _root: Path | None = PrivateAttr(None)
@@ -148,8 +152,9 @@ class Recipe(Section):
 
     def importable(self) -> None:
         """Make the user's own parts importable under every launcher: put `root` on the import path."""
-        if str(self.root) not in sys.path:
-            sys.path.insert(0, str(self.root))
+        root = os.environ.get("DIST_TRAIN_CODE") or str(self.root)  # a launched run's own snapshot
+        if root not in sys.path:
+            sys.path.insert(0, root)
 
     @property
     def networks(self) -> dict[str, dict[str, dict[str, Any]]]:

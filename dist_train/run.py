@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,16 +27,17 @@ from dist_train.metrics import Metric
 from dist_train.networks import Player
 from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
+from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
-from dist_train.run_directory import RunDirectory, environment
+from dist_train.restarts import begin_to_count, may_restart
+from dist_train.run_directory import RUNS, RunDirectory, environment
 from dist_train.trainer import Trainer
-from dist_train.world import World, pin_threads, start_ranks
+from dist_train.world import World, pin_threads
 
 if TYPE_CHECKING:
     from torch import nn
 
-RUNS = Path("runs")
-SPREAD = ("strategy", "threads", "workers", "watch")
+SPREAD = ("strategy", "threads", "workers", "watch", "launch")
 """Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
@@ -46,6 +47,7 @@ def train(
     run_dir: str | Path | None = None,
     resume: str | Path | None = None,
     ranks: int | None = None,
+    max_restarts: int = 0,
     quick: bool = False,
     until: int | None = None,
     overfit: int | None = None,
@@ -58,6 +60,7 @@ def train(
         run_dir: the exact directory; by default a new one, `runs/PROJECT/NAME-ID`.
         resume: "auto" goes on with `run_dir` if there is something to go on with; a path names the run to go on with.
         ranks: start so many ranks on this machine; by default this process takes part as its launcher says.
+        max_restarts: start failed `ranks` again from the last checkpoint, so often in a row without a newer one.
         quick: two steps, with a save and a resume between them, and an evaluation.
         until: end after this step as if it were the last; a resume can go on from there.
         overfit: train on the first so many batches again and again.
@@ -93,9 +96,7 @@ def train(
                 "train(model=...): a module of this process cannot be sent to new ranks; name it in the recipe"
             )
         data_folder(recipe)  # packed by this process, not by the ranks
-        return start_ranks(
-            ranks, _train_rank, recipe.as_dict(), recipe.source, recipe.root, options
-        )[0]
+        return _train_supervised(recipe, options, ranks, max_restarts)
     return _train_here(recipe, options, model)
 
 
@@ -109,6 +110,27 @@ class Options:
     quick: bool
     overfit: int | None
     micro_order: str
+
+
+def _train_supervised(
+    recipe: Recipe, options: Options, ranks: int, max_restarts: int
+) -> dict[str, Any]:
+    """Start ranks of this machine; start them again after a failure, as long as that leads on."""
+    if max_restarts and options.run_dir is None:
+        fresh = RunDirectory.fresh(RUNS, recipe.project, recipe.name)
+        options = replace(options, run_dir=str(fresh))
+    if options.run_dir is not None and (Path(options.run_dir) / "recipe.yaml").is_file():
+        begin_to_count(Path(options.run_dir))
+    while True:
+        try:
+            return start_ranks(
+                ranks, _train_rank, recipe.as_dict(), recipe.source, recipe.root, options
+            )[0]
+        except RankFailed as failure:
+            if not max_restarts or not may_restart(Path(options.run_dir or ""), max_restarts):
+                raise
+            logging.getLogger("dist_train").warning("starting again after: %s", failure)
+            options = replace(options, resume="auto")
 
 
 def _train_rank(

@@ -29,6 +29,7 @@ from typing import Any
 
 from dist_train.errors import UserError
 
+RUNS = Path("runs")
 ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"  # base32, lower case
 PACKAGES = ("torch", "numpy", "deepspeed", "accelerate", "safetensors", "dist-train")
 VARIABLES = re.compile(
@@ -59,6 +60,13 @@ class RunDirectory:
     @classmethod
     def create(cls, root: Path | str, project: str, name: str) -> RunDirectory:
         """Make `root/project/name-id/` with a fresh id of six characters."""
+        while True:
+            with contextlib.suppress(FileExistsError):
+                return cls._make(cls.fresh(root, project, name))
+
+    @staticmethod
+    def fresh(root: Path | str, project: str, name: str) -> Path:
+        """A path that `create` might take."""
         for what, value in (("project", project), ("name", name)):
             if (
                 not value
@@ -67,14 +75,11 @@ class RunDirectory:
                 or len(value) > 200
             ):
                 raise UserError(f"{what}: {value!r} cannot be the name of a folder")
-        while True:
-            path = (
-                Path(root)
-                / project
-                / f"{name}-{''.join(secrets.choice(ID_ALPHABET) for _ in range(6))}"
-            )
-            with contextlib.suppress(FileExistsError):
-                return cls._make(path)
+        return (
+            Path(root)
+            / project
+            / f"{name}-{''.join(secrets.choice(ID_ALPHABET) for _ in range(6))}"
+        )
 
     @classmethod
     def create_at(cls, path: Path | str) -> RunDirectory:
@@ -92,7 +97,7 @@ class RunDirectory:
     @classmethod
     def _make(cls, path: Path) -> RunDirectory:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir()
+        path.mkdir(mode=0o700)
         directory = cls(path)
         for folder in (directory.checkpoints, directory.samples, directory.plots, directory.logs):
             folder.mkdir()
@@ -228,8 +233,9 @@ _LOCKED: set[Path] = set()
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: a reader finds the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(os.open(temporary, flags, 0o666), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -170,13 +170,13 @@ def root_of(file: Path) -> Path | None:
     """The project root of a recipe file; None, the current folder, for the recipes that come with dist-train."""
     if file.parent == RECIPES:
         return None
-    noted = file.parent / "environment.json"
-    if (
-        file.name == "recipe.yaml" and noted.is_file()
-    ):  # a run directory may lie far from its project
-        root = json.loads(noted.read_text()).get("project_root")
-        if root is not None and Path(root).is_dir():
-            return Path(root)
+    if file.name == "recipe.yaml":  # a run directory, which may lie far from its project
+        folder = file.parent
+        for noted in ("environment.json", "launch.json", "../launch.json"):  # of an array's member
+            if (folder / noted).is_file():
+                root = json.loads((folder / noted).read_text()).get("project_root")
+                if root is not None and Path(root).is_dir():
+                    return Path(root)
     for folder in file.parents:
         if (folder / "pyproject.toml").is_file():
             return folder

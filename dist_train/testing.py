@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train import checkpoint
 from dist_train.callbacks import Callback
+from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
-from dist_train.world import RankFailed, start_ranks
 
 if TYPE_CHECKING:
     from dist_train.trainer import Trainer

@@ -1,26 +1,14 @@
-"""Who takes part in a run: the ranks, their device, what they tell each other, and how this machine's are started."""
+"""Who takes part in a run: the ranks, their device, and what they tell each other."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import tempfile
-import threading
-import time
-import traceback
-import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
-
-from dist_train.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_TRAIN_TIMEOUT", "600")))
 """How long a rank waits in a collective for the others before it fails. Never torch's 30 minutes."""
@@ -154,153 +142,3 @@ def pin_threads(setting: str | int, local_size: int) -> int:
     threads = threads_a_rank(setting, local_size)
     torch.set_num_threads(threads)
     return threads
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting the ranks of this machine
-
-
-class RankFailed(RuntimeError):
-    """A rank ended badly. The message holds the first failure's rank and traceback."""
-
-
-def start_ranks(
-    count: int,
-    target: Callable[..., Any],
-    *arguments: Any,
-    environ: Mapping[str, str] | None = None,
-    timeout: float | None = None,
-) -> list[Any]:
-    """Run `target(*arguments)` in `count` new processes that form one world; return what each returned (JSON values).
-
-    On a machine without GPUs they fork from a server that has imported torch and deepspeed once, so a start costs
-    little. When one fails, the others are ended, and its traceback is raised. No rank outlives this process.
-    """
-    context = multiprocessing.get_context("forkserver")
-    # a process cannot use CUDA if it forks from one that has asked for it, as importing DeepSpeed does
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    context.set_forkserver_preload([] if has_gpu else ["dist_train.preload"])
-    with tempfile.TemporaryDirectory(prefix="dist-train-") as scratch:
-        ranks = [
-            context.Process(
-                target=_run_rank,
-                args=(
-                    rank,
-                    count,
-                    scratch,
-                    dict(os.environ) | dict(environ or {}),
-                    target,
-                    arguments,
-                ),
-                name=f"rank-{rank}",
-            )
-            for rank in range(count)
-        ]
-        try:
-            with _main_left_out(target):
-                for process in ranks:
-                    process.start()
-            _await(ranks, Path(scratch), timeout)
-        finally:
-            for process in ranks:
-                if process.is_alive():
-                    process.kill()
-            for process in ranks:
-                if process.pid is not None:
-                    process.join()
-        return [
-            json.loads((Path(scratch) / f"result-{rank}.json").read_text()) for rank in range(count)
-        ]
-
-
-@contextmanager
-def _main_left_out(target: Callable[..., Any]) -> Iterator[None]:
-    """Keep multiprocessing from running the user's script again in every rank, which only a target in it would need:
-    so no script wants an `if __name__ == "__main__"`, and standard input and notebooks work."""
-    main = sys.modules["__main__"]
-    if target.__module__ != "__main__":
-        sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _await(ranks: list[Any], scratch: Path, timeout: float | None) -> None:
-    deadline = None if timeout is None else time.monotonic() + timeout
-    running = {process.sentinel: process for process in ranks}
-    while running:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ended = wait(list(running), timeout=left)
-        if not ended:
-            names = ", ".join(process.name for process in running.values())
-            raise RankFailed(f"{names} still running after {timeout:.0f} s: ended")
-        for sentinel in ended:
-            process = running.pop(sentinel)
-            process.join()
-            if process.exitcode != 0:
-                raise _failure(process, ranks, scratch)
-
-
-def _failure(process: Any, ranks: list[Any], scratch: Path) -> Exception:
-    """The first failure: a rank that a signal ended (what the others then report is that they lost it), else the
-    earliest traceback on disk, else an exit code."""
-    time.sleep(0.2)  # let a rank that failed at the same moment write its own traceback
-    reports = [
-        json.loads(path.read_text())
-        for path in sorted(scratch.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    ]
-    for report in reports:
-        if report["user_error"]:
-            return UserError(report["message"])
-    for rank in [process, *ranks]:
-        if rank.exitcode is not None and rank.exitcode < 0:
-            name = signal.Signals(-rank.exitcode).name
-            hints = {"SIGKILL": " (out of memory?)", "SIGALRM": " (it hung: see logs/hang.txt)"}
-            hint = hints.get(name, "")
-            return RankFailed(f"{rank.name} was ended by {name}{hint}")
-    if reports:
-        return RankFailed(f"{reports[0]['rank']} failed:\n{reports[0]['traceback']}")
-    return RankFailed(f"{process.name} ended with exit code {process.exitcode}")
-
-
-def _run_rank(
-    rank: int,
-    count: int,
-    scratch: str,
-    environ: dict[str, str],
-    target: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ.clear()
-    os.environ.update(
-        environ,
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        DIST_TRAIN_RENDEZVOUS=str(Path(scratch) / "rendezvous"),
-    )
-    try:
-        result = target(*arguments)
-        (Path(scratch) / f"result-{rank}.json").write_text(json.dumps(result))
-    except BaseException as error:
-        report = {
-            "rank": f"rank-{rank}",
-            "user_error": isinstance(error, UserError),
-            "message": str(error),
-            "traceback": traceback.format_exc(),
-        }
-        part = Path(scratch) / f"part-{rank}.json"
-        part.write_text(json.dumps(report))
-        part.rename(Path(scratch) / f"failure-{rank}.json")
-        sys.stdout.flush()
-        os._exit(1)  # at once: the others may be waiting in a collective for us
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)

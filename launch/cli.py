@@ -15,12 +15,13 @@ from typing import Annotated
 
 import typer
 
-from dist_train.errors import UserError
+from dist_train.errors import Interrupted, UserError
 from dist_train.launch import (
     catalogue,
     checkpoints,
     demo_command,
     doctor,
+    launch,
     new,
     shards,
     train,
@@ -63,6 +64,7 @@ train.register(app)
 trained.register(app)
 checkpoints.register(app)
 catalogue.register(app)
+launch.register(app)
 doctor.register(app)
 new.register(app)
 verify.register(app)
@@ -77,13 +79,15 @@ def main(arguments: Sequence[str]) -> int:
         return fail(str(error), as_json, MISTAKE)
     except typer.TyperException as error:
         return fail(f"{error.format_message().rstrip('.')} (see --help)", as_json, error.exit_code)
+    except Interrupted as error:
+        return fail(str(error), as_json, error.code)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", as_json, INTERRUPTED)
     except BrokenPipeError:  # `dist-train list | head`
         sys.stderr.close()
         return FAILED
     except Exception as error:
-        from dist_train.world import RankFailed
+        from dist_train.ranks import RankFailed
 
         if not isinstance(error, RankFailed):  # whose message holds the traceback of the rank
             traceback.print_exc()

@@ -34,6 +34,9 @@ def train(
     ranks: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine.")
     ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Restarts of failed ranks, in a row without progress.")
+    ] = 0,
     run_dir: Annotated[Path | None, typer.Option(help="The exact run directory.")] = None,
     resume: Annotated[
         str | None,
@@ -64,6 +67,10 @@ def train(
     if print_recipe:
         answer(as_json, resolved.as_dict, show=lambda _: typer.echo(resolved.to_yaml(), nl=False))
         return
+    if max_restarts and ranks is None:
+        raise UserError(
+            f"--max-restarts {max_restarts}: needs --ranks, the ranks that this command starts"
+        )
     if ranks is not None and "WORLD_SIZE" in os.environ:
         raise UserError(
             f"--ranks {ranks}: this process is one of the {os.environ['WORLD_SIZE']} ranks of a launcher "
@@ -83,6 +90,7 @@ def train(
             overfit=overfit,
             micro_order=micro_order.value,
             ranks=ranks,
+            max_restarts=max_restarts,
         ),
         show=None if _is_silent(resolved) else lambda _: None,
     )

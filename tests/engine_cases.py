@@ -770,7 +770,7 @@ def hang(fifo: str) -> None:
 
 def hang_all(ranks: int, fifo: str) -> None:
     """A process that starts ranks which never return."""
-    from dist_train.world import start_ranks
+    from dist_train.ranks import start_ranks
 
     start_ranks(ranks, hang, fifo)
 

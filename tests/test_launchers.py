@@ -81,7 +81,7 @@ def test_accelerate_settings_that_contradict_the_recipe_are_refused(
 
 def test_a_script_needs_no_main_guard() -> None:
     """Ranks do not run the user's script again: it may even come from standard input."""
-    script = "from os import getpid\nfrom dist_train.world import start_ranks\nprint(len(start_ranks(2, getpid)))\n"
+    script = "from os import getpid\nfrom dist_train.ranks import start_ranks\nprint(len(start_ranks(2, getpid)))\n"
     done = subprocess.run(
         [sys.executable, "-"], input=script, capture_output=True, text=True, timeout=60
     )

@@ -1,0 +1,173 @@
+"""Launching: settings in layers, checks before the queue, code as it was, and what was launched found again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+
+from dist_train.errors import UserError
+from dist_train.launch.jobs import members, prepare
+from dist_train.launch.snapshot import take_snapshot
+from dist_train.launch.spec import Spec, make_spec
+from dist_train.recipe import Recipe
+
+
+@pytest.fixture
+def own_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "dist-train" / "profiles"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_recipe_then_profile_then_flags(own_profiles: Path) -> None:
+    (own_profiles / "site.yaml").write_text("partition: gpu\nnodes: 2\nsbatch: {exclusive: user}\n")
+    recipe = {"on": "slurm", "profile": "site", "nodes": 8, "time": "1-00:00:00"}
+    spec = make_spec(recipe, {"partition": "fast", "qos": None, "env": []})
+    assert (spec.on, spec.nodes, spec.partition, spec.time) == ("slurm", 2, "fast", "1-00:00:00")
+    assert spec.sbatch == {"exclusive": "user"}
+
+
+def test_the_users_default_profile_counts_without_being_named(own_profiles: Path) -> None:
+    (own_profiles / "default.yaml").write_text("account: mine\n")
+    assert make_spec({}, {}).account == "mine"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"nodse": 2}, ["launch.nodse", "nodes"]),
+        ({"nodes": 0}, ["launch.nodes", "1 or more"]),
+        ({"nodes": True}, ["launch.nodes"]),
+        ({"nodes": "2"}, ["launch.nodes", "'2'"]),
+        ({"time": "soon"}, ["launch.time", "HH:MM:SS"]),
+        ({"mem": "lots"}, ["launch.mem", "64G"]),
+        ({"array": "0-"}, ["launch.array", "0-3"]),
+        ({"env": "HOME"}, ["launch.env", "list"]),
+        ({"setup": ["a\nb"]}, ["launch.setup", "one line"]),
+        ({"partition": "a\x00b"}, ["launch.partition", "one line"]),
+        ({"profile": "nowhere"}, ["profile", "'nowhere'"]),
+        ({"profile": "/no/file.yaml"}, ["/no/file.yaml"]),
+        ({"array": "0-3", "each": {"seed": [1, 2]}}, ["each.seed", "2 values", "4"]),
+        ({"each": {"seed": [1, 2]}}, ["each", "array"]),
+        ({"sbatch": {"exclusive": 1}}, ["launch.sbatch"]),
+        ({"notice": 1}, ["launch.notice", "10 or more"]),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    own_profiles: Path, settings: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make_spec(settings, {})
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "ids"),
+    [("3", [3]), ("0-3", [0, 1, 2, 3]), ("0-9:4%2", [0, 4, 8]), ("7,1-2", [1, 2, 7])],
+)
+def test_members_of_an_array(array: str, ids: list[int]) -> None:
+    assert Spec(array=array).members == ids
+
+
+def test_members_differ_by_seed_or_by_what_is_asked(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = cases.tiny_recipe("resnet", tiny_data)
+    job = prepare(recipe, {"ranks_per_node": 1}, tmp_path / "run", dry_run=True).job
+    job.spec = Spec(array="0-2")
+    assert [one.seed for one in members(recipe, job)] == [7, 8, 9]
+    job.spec = Spec(array="0-1", each={"optimizer.learning_rate": [0.1, 0.2]})
+    made = members(recipe, job)
+    assert [(one.seed, one.optimizer["learning_rate"]) for one in made] == [(7, 0.1), (7, 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"ranks_per_node": 3}, ["4 micro-batches", "1, 2, 4"]),
+        ({"on": "lokal"}, ["lokal", "'local'"]),
+        ({"nodes": 2}, ["--nodes 2", "expected 1"]),
+    ],
+)
+def test_checked_before_anything_is_queued(
+    tiny_data: Path, tmp_path: Path, flags: dict[str, Any], words: list[str]
+) -> None:
+    recipe = cases.tiny_recipe("resnet", tiny_data)
+    with pytest.raises(UserError) as caught:
+        prepare(recipe, flags, tmp_path / "run", dry_run=True)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_and_disk_are_checked(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = cases.tiny_recipe("resnet", tiny_data)
+    for key, value, word in (
+        ("data.path", str(tmp_path / "nowhere"), "nowhere"),
+        ("data.split", "trian", "no split"),
+    ):
+        with pytest.raises(UserError, match=word):
+            prepare(recipe.set(key, value), {}, tmp_path / "run", dry_run=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="no folder"):
+        prepare(recipe, {}, tmp_path / "file" / "run", dry_run=True)
+
+
+def test_the_snapshot_is_code_and_no_more(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    kept = ("mine/__init__.py", "mine/net.py", "mine/data/tables.csv", "pyproject.toml", "kept.log")
+    left = (".git/HEAD", "data/big.bin", "runs/a/b", "mine/x.pyc", "out/y.txt", "a.tar", "b.log")
+    for name in (*kept, *left):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(name)
+    (project / ".gitignore").write_text("# made\nout/\n/b.log\n")
+    (project / "link.py").symlink_to("/etc/hostname")
+    recipe = Recipe.restore(
+        cases.tiny_recipe("resnet", tmp_path).set("model.name", "mine.net:Net").as_dict(),
+        "recipe",
+        project,
+    )
+    take_snapshot(recipe, tmp_path / "code")
+    copied = tmp_path / "code" / "project"
+    files = {f.relative_to(copied).as_posix() for f in copied.rglob("*") if f.is_file()}
+    assert files == set(kept)
+    assert (tmp_path / "code" / "dist_train" / "models" / "resnet.py").is_file()
+    assert (tmp_path / "code" / "dist_train" / "launch" / "cli.py").is_file()
+
+
+def test_too_much_for_a_snapshot_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_train.launch.snapshot.MAX_BYTES", 1000)
+    with pytest.raises(UserError, match="expected at most 1,000"):
+        take_snapshot(cases.tiny_recipe("resnet", tmp_path), tmp_path / "code")
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "dist_train", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def test_launched_here_and_found_by_name(tiny_data: Path, tmp_path: Path) -> None:
+    """The whole way: launch, follow, status, logs; from the code as it was, and once more when it has ended."""
+    recipe = cases.tiny_recipe("resnet", tiny_data, duration="4 steps")
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml())
+    arguments = ("tiny.yaml", "--on", "local", "--ranks-per-node", "2", "--follow", "--json")
+    done = command("launch", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    launched = json.loads(done.stdout.splitlines()[0])
+    run_dir = Path(launched["run_dir"])
+    assert run_dir.parent == tmp_path / "runs" / "tests"
+    assert run_dir.stat().st_mode & 0o077 == 0
+    state = json.loads(command("status", "resnet", "--json", cwd=tmp_path).stdout)
+    assert state[run_dir.name]["state"] == "done"
+    assert command("logs", run_dir.name, cwd=tmp_path).returncode == 0
+    assert cases.RunDirectory(run_dir).rows()[-1]["step"] == 4
+    ended = command("cancel", run_dir.name, cwd=tmp_path)
+    assert ended.returncode == 2 and "not running" in ended.stderr
