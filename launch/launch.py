@@ -138,15 +138,19 @@ def status(
 def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", help="Go on until it ends.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a launched run has printed."""
+    from dist_train.launch import jobs
+
     if follow:
         _follow(run)
         return
-    from dist_train.launch import jobs
-
-    for text in jobs.output(run, until_end=False):
-        typer.echo(text, nl=False)
+    answer(
+        as_json,
+        lambda: {"output": "".join(jobs.output(run, until_end=False))},
+        show=lambda result: typer.echo(result["output"], nl=False),
+    )
 
 
 def cancel(run: Run, as_json: Json = False) -> None:

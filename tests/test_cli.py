@@ -18,6 +18,10 @@ from dist_train.yaml_text import read_yaml
 COMMANDS = [
     "demo",
     "train",
+    "launch",
+    "status",
+    "logs",
+    "cancel",
     "evaluate",
     "generate",
     "report",
