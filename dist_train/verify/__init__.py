@@ -15,11 +15,12 @@ from typing import Any
 from dist_train import checkpoint, components, run
 from dist_train.errors import UserError
 from dist_train.objectives import Objective
+from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
 from dist_train.testing import assert_same_run, read_trace, sample_ids
 from dist_train.verify import rank, verdict
 from dist_train.verify.parity import Differences, weight_differences
-from dist_train.world import RankFailed, start_ranks, threads_a_rank
+from dist_train.world import threads_a_rank
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"name": "ddp"},
