@@ -44,6 +44,12 @@ class BufferKeeper:
                 buffer.copy_(before)
 
     @torch.no_grad()
+    def undo(self) -> None:
+        """End a turn that changes nothing."""
+        for buffer, before in zip(self.live, self.before if self.live else [], strict=True):
+            buffer.copy_(before)
+
+    @torch.no_grad()
     def end(self) -> None:
         if not self.floats:
             return

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import nearest
+from dist_train.precision import AUTOCAST
 
 
 class Player(nn.Module):
     """The networks that share one optimiser, each called by its name, in the run's precision.
 
-    Under bf16 the weights stay fp32 and autocast chooses the type of each operation; outputs come back as fp32, so
-    that losses are written once for every precision.
+    Under bf16 and fp16 the weights stay fp32 and autocast chooses the type of each operation; outputs come back as
+    fp32, so that losses are written once for every precision.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], precision: str, device_type: str) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(networks)
-        self.bf16 = precision == "bf16"
-        self.device_type = device_type
+        self.precision, self.device_type = precision, device_type
 
     def forward(self, name: str, *inputs: Any) -> Any:
-        if not self.bf16:
+        if self.precision not in AUTOCAST:
             return self.networks[name](*inputs)
-        with torch.autocast(self.device_type, torch.bfloat16):
+        with torch.autocast(self.device_type, AUTOCAST[self.precision]):
             return _to_fp32(self.networks[name](*inputs))
 
     def skeleton(self) -> Player:

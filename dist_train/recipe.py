@@ -18,7 +18,6 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from dist_train import components
 from dist_train.errors import UserError
 from dist_train.recipe_checks import (
-    STRATEGIES,
     check_every,
     check_networks,
     check_players,
@@ -50,6 +49,7 @@ from dist_train.settings import (
     root_of,
     short,
 )
+from dist_train.strategies import STRATEGIES
 from dist_train.yaml_text import write_yaml
 
 PROVIDED: dict[str, tuple[str, ...]] = {
@@ -69,7 +69,9 @@ class Recipe(Section):
     duration: DurationText = Field(
         description="a length of training like '20 epochs' or '500 steps'"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32 or bf16")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, bf16 or fp16")
+    tf32: bool = Field(False, description="true or false")
+    deterministic: bool = Field(False, description="true or false")
     strategy: str | dict[str, Any] = Field("ddp", description=f"one of {', '.join(STRATEGIES)}")
     data: Data = Field(description="a mapping with name or path, global_batch and micro_batch")
     model: dict[str, Any] = Field(description="a network {name: ...}, or {player: network}")

@@ -14,11 +14,11 @@ from dist_train.duration import Duration, Every
 from dist_train.errors import UserError, nearest
 from dist_train.recipe_sections import as_spec
 from dist_train.settings import short
+from dist_train.strategies import check_strategy
 
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
 WHOLE_TENSORS = ("adafactor", "muon")
 """Optimisers whose update of an element depends on the rest of its tensor."""
 
@@ -100,28 +100,6 @@ def check_players(recipe: Recipe) -> None:
         raise UserError(
             f"duration: got {short(recipe.duration)}, expected one of the players {', '.join(players)}"
             + nearest(player, players)
-        )
-
-
-def check_strategy(strategy: Any, where: str) -> None:
-    name = strategy.get("name") if isinstance(strategy, dict) else strategy
-    if name == "auto":
-        raise UserError(f"{where}: auto comes with plan; choose single, ddp, zero1, zero2 or zero3")
-    if name not in STRATEGIES:
-        raise UserError(
-            f"{where}: got {short(name)}, expected one of {', '.join(STRATEGIES)}"
-            + nearest(str(name), STRATEGIES)
-        )
-    known = ["name", "persistence_threshold"] if name == "zero3" else ["name"]
-    for key in strategy:
-        if key not in known:
-            raise UserError(
-                f"{where}.{key}: unknown key, {name} takes {', '.join(known)}{nearest(key, known)}"
-            )
-    threshold = strategy.get("persistence_threshold", 0)
-    if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
-        raise UserError(
-            f"{where}.persistence_threshold: got {short(threshold)}, expected a whole number of elements, 0 or more"
         )
 
 

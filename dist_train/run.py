@@ -28,6 +28,7 @@ from dist_train.networks import Player
 from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
 from dist_train.ranks import RankFailed, start_ranks
+from dist_train.precision import check_device, set_numerics
 from dist_train.recipe import Recipe
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.run_directory import RUNS, RunDirectory, environment
@@ -206,6 +207,7 @@ def build(
     model: Any = None,
 ) -> Trainer:
     """Build every part of a run, at step 0."""
+    set_numerics(tf32=recipe.tf32, deterministic=recipe.deterministic)
     if world.is_main:
         data_folder(recipe)
     world.barrier()
@@ -233,6 +235,8 @@ def build(
     micro_batches = data.global_batch // data.micro_batch // world.size
     engines = {}
     for player, modules in networks.items():
+        for module in modules.values():
+            check_device(recipe.precision, module, world.device)
         spec = recipe.optimizers[player]
 
         settings = recipe.group_settings[player]

@@ -278,7 +278,9 @@ class Trainer:
             "best": self.best,
             "stopping": self.stopping,
             "players": {
-                name: {"optimizer_steps": e.optimizer_steps()} for name, e in self.engines.items()
+                name: {"optimizer_steps": e.optimizer_steps()}
+                | ({"loss_scale": e.loss_scale.state_dict()} if e.loss_scale else {})
+                for name, e in self.engines.items()
             },
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.by_name.items()},
             "data": {"step": self.step, "index": self.fingerprint},
@@ -318,7 +320,10 @@ class Trainer:
         for name, engine in self.engines.items():
             for full_name, part in engine.slices():
                 reader.fill(full_name, part)
-            engine.set_optimizer_steps(reader.values["players"][name]["optimizer_steps"])
+            values = reader.values["players"][name]
+            engine.set_optimizer_steps(values["optimizer_steps"])
+            if engine.loss_scale and "loss_scale" in values:  # not after a run in another precision
+                engine.loss_scale.load_state_dict(values["loss_scale"])
             engine.publish()
 
     def load_callbacks(self, reader: checkpoint.Reader) -> None:

@@ -28,8 +28,22 @@ from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.world import World, pin_threads
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent")
+SPECS: dict[str, dict[str, Any]] = {
+    "single": {"name": "single"},
+    "ddp": {"name": "ddp"},
+    "zero1": {"name": "zero1"},
+    "zero2": {"name": "zero2"},
+    "zero3": {"name": "zero3", "persistence_threshold": 0},
+    "zero3-persistent": {"name": "zero3"},
+    "zero1-offload": {"name": "zero1", "offload": "optimizer"},
+    "zero2-offload": {"name": "zero2", "offload": "optimizer"},
+    "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
+    "zero3-all": {"name": "zero3", "offload": "all", "persistence_threshold": 0},
+}
 """`zero3` shards every tensor, `zero3-persistent` keeps small ones whole, as it does by default."""
+STRATEGIES = tuple(name for name in SPECS if name != "single")
+MOVED = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-offload", "zero3-all")
+"""Strategies between which state moves."""
 STEPS = 5
 MICRO_BATCHES = 4  # of a global batch
 NORMS: list[float | None] = [0.05, 100.0, 0.2, None, 0.01]
@@ -153,12 +167,11 @@ def engine_of(
     precision: str = "fp32",
 ) -> Engine:
     """An engine over one network, `net`, that takes its share of MICRO_BATCHES in a turn."""
-    spec: dict[str, Any] = {"name": strategy.partition("-")[0]}
-    if strategy == "zero3":
-        spec["persistence_threshold"] = 0
     player = Player({"net": module.train()}, precision, world.device.partition(":")[0])
     micro_batches = MICRO_BATCHES // world.size
-    return make_engine(spec, player, groups, make, world, given=given, micro_batches=micro_batches)
+    return make_engine(
+        SPECS[strategy], player, groups, make, world, given=given, micro_batches=micro_batches
+    )
 
 
 def accumulate(
@@ -538,16 +551,36 @@ def branch_loss(net: Any, x: Tensor) -> Tensor:
     return net(x, "a" if first_half else "b").square().mean()
 
 
-def bf16(world: World, strategy: str) -> dict[str, Any]:
+def precisions(world: World, strategy: str) -> dict[str, Any]:
     """Loss and gradients of one classification step under autocast, and in fp32."""
     found = {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         e = engine_of(strategy, world, mlp(), precision=precision)
         loss = accumulate(e, *batches(1)[0])
         found[precision] = {"loss": loss, "gradients": numbers(e.full_gradients())}
         e.step()
         found[precision]["weights"] = numbers(e.full_weights())
     return found
+
+
+def overflow(world: World, strategy: str, given: bool) -> dict[str, Any]:
+    """Under fp16 a good turn, one on one rank of which gradients overflow, and a good one again."""
+    e = engine_of(strategy, world, normalised(), given=given, precision="fp16")
+    assert e.loss_scale is not None
+    states, norms, scales = [], [], []
+    for number, (x, y) in enumerate(batches(3)):
+        spoilt = number == 1
+        if spoilt and world.rank == world.size - 1:
+            e.loss_scale.value *= 2.0**40  # known to this rank alone: only its gradients overflow
+        accumulate(e, x, y)
+        if spoilt and world.rank == world.size - 1:
+            e.loss_scale.value /= 2.0**40
+        e.clip(norm=0.05)
+        e.step()
+        states.append(numbers(e.full_weights()))
+        norms.append(float(e.norm))
+        scales.append(e.loss_scale.value)
+    return {"states": states, "norms": norms, "scales": scales, "skipped": e.loss_scale.skipped}
 
 
 CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
@@ -572,12 +605,22 @@ CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
     "unused": unused,
     "branches-streamed": branches,
     "branches-given": lambda w, s: branches(w, s, True),
-    "bf16": bf16,
+    "precisions": precisions,
+    "overflow-streamed": lambda w, s: overflow(w, s, False),
+    "overflow-given": lambda w, s: overflow(w, s, True),
 }
 
 
-KEPT_WHOLE = ("project", "slices", "publish", "frozen", "clip-norm-given")
-"""What could differ where ZeRO-3 keeps small tensors whole."""
+VARIED = (
+    "project",
+    "slices",
+    "publish",
+    "frozen",
+    "clip-norm-given",
+    "clip-norm-streamed",
+    "overflow-streamed",
+)
+"""What could differ where ZeRO-3 keeps small tensors whole, or where something lies in the host's memory."""
 
 
 def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
@@ -585,7 +628,7 @@ def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {check: {} for check in CHECKS}
     for strategy in strategies:
         for check, function in CHECKS.items():
-            if strategy == "zero3-persistent" and check not in KEPT_WHOLE:
+            if "-" in strategy and check not in VARIED:
                 continue
             if check.startswith("branches") and strategy.startswith("zero"):
                 continue  # `branches_alone`
@@ -690,9 +733,9 @@ def two_ranks(folder: str, extensions: str) -> dict[str, Any]:
     pin_threads(1, 1)
     found = run_checks(world, STRATEGIES)
     try:
-        state = {"saved": save_all(world, STRATEGIES, Path(folder))}
+        state = {"saved": save_all(world, MOVED, Path(folder))}
         sources = [*state["saved"], "single-1"]
-        state["loaded"] = load_all(world, sources, STRATEGIES, Path(folder))
+        state["loaded"] = load_all(world, sources, MOVED, Path(folder))
     except Exception:
         state = {"error": traceback.format_exc()}
     import deepspeed
@@ -714,7 +757,7 @@ def one_rank(sources: list[str], folder: str) -> dict[str, Any]:
     """What two ranks saved, loaded by one."""
     world = World.join(group=True)
     pin_threads(1, 1)
-    found = load_all(world, sources, ("single", *STRATEGIES), Path(folder))
+    found = load_all(world, sources, ("single", *MOVED), Path(folder))
     world.leave()
     return found
 

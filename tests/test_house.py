@@ -117,6 +117,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "ranks",
         "buckets",
         "buffers",
+        "precision",
     },
     {
         "models",
@@ -125,6 +126,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "recipe_checks",
         "recipe_mistakes",
         "recipe_sections",
+        "strategies",
         "run_directory",
         "meter",
         "metrics",

@@ -53,6 +53,15 @@ class Journal(Callback):
             **self._tokens(run, rate),
             "data_wait": round(min(1.0, run.data_wait / elapsed), 4),
             "memory_mb": round(peak_memory(run.world.device) / 2**20, 1),
+            **{
+                run.named(player, name): value
+                for player, engine in run.engines.items()
+                if engine.loss_scale
+                for name, value in (
+                    ("loss_scale", engine.loss_scale.value),
+                    ("skipped_turns", engine.loss_scale.skipped),
+                )
+            },
             **run.row,
         }
         self.window, self.last, self.window_step, run.data_wait = now, now, run.step, 0.0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_train.buffers import BufferKeeper
 from dist_train.engine.views import Views, plain_name, single_backward
 from dist_train.networks import Player
+from dist_train.precision import LossScale
 from dist_train.world import World
 
 OptimizerMaker = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -49,6 +50,9 @@ class Engine(ABC):
     norm: Tensor
     """Global norm of the last turn's gradients before clipping (0-d, on the device), after `step`."""
 
+    loss_scale: LossScale | None
+    """Under fp16, by what the losses are multiplied."""
+
     def __init__(self, player: Player, world: World, given: bool) -> None:
         self.world, self.given = world, given
         self.player = player.to(world.device)
@@ -57,6 +61,7 @@ class Engine(ABC):
         self.buffers = {plain_name(name): b for name, b in player.named_buffers()}
         self.views = Views(player, self.buffers, self.trained, self._gather_weights)
         self.norm = torch.zeros((), device=world.device)
+        self.loss_scale = LossScale() if player.precision == "fp16" else None
         self._keeper = BufferKeeper(list(self.buffers.values()), world)
         self._clip_norm: float | None = None
         self._clip_value: float | None = None
@@ -87,6 +92,9 @@ class Engine(ABC):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Take the gradients of one micro-batch's loss (already weighted by its share of the global batch)."""
+        if self.loss_scale:
+            self._last_loss = loss.detach()
+            loss = loss * self.loss_scale.value
         if self.given:
             leaves = list(self.views.leaves.values())
             self._add_given(torch.autograd.grad(loss, leaves, allow_unused=True))
@@ -103,10 +111,19 @@ class Engine(ABC):
         self._clip_norm, self._clip_value = norm, value
 
     def step(self) -> None:
-        """Clip, update the weights, and make them whole again where they are sharded."""
-        self._keeper.end()
+        """Clip, update the weights, and make them whole again where they are sharded.
+
+        Under fp16 a turn whose gradients overflowed changes nothing but the loss scale; `norm` stays as it was.
+        """
+        updated = self._update()
+        if updated:
+            self._keeper.end()
+        else:
+            self._keeper.undo()
+        if self.loss_scale:
+            networks = ", ".join(self.player.networks)
+            self.loss_scale.update(not updated, self._last_loss, networks)
         self.views.forget()
-        self._update()
         self._clip_norm = self._clip_value = None
 
     def set_learning_rate(self, value: float) -> None:
@@ -201,7 +218,7 @@ class Engine(ABC):
     @abstractmethod
     def _publish(self) -> None: ...
     @abstractmethod
-    def _update(self) -> None: ...
+    def _update(self) -> bool: ...  # whether it did: under fp16 not after an overflow
     @abstractmethod
     def _states(self) -> Iterator[dict[str, Any]]: ...
     @abstractmethod
@@ -213,6 +230,7 @@ def materialise(optimizer: torch.optim.Optimizer) -> None:
     """Create the optimiser's state as it is before the first step, so that it can be saved, loaded and sliced at any
     time: one step of rate 0 on gradients of 0, and everything it counted back to 0."""
     rates = [group["lr"] for group in optimizer.param_groups]
+    gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
@@ -221,7 +239,7 @@ def materialise(optimizer: torch.optim.Optimizer) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         for parameter in group["params"]:
-            parameter.grad = None
+            parameter.grad = gradients[parameter]
             for value in optimizer.state[parameter].values():
                 if isinstance(value, Tensor):
                     value.zero_()

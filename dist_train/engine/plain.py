@@ -56,7 +56,8 @@ class PlainEngine(Engine):
                 parameter.grad = torch.zeros_like(parameter)
 
     def full_gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad.clone() for name, p in self.trained.items() if p.grad is not None}
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        return {name: p.grad / scale for name, p in self.trained.items() if p.grad is not None}
 
     def _publish(self) -> None: ...  # the weights are the live ones
 
@@ -78,24 +79,32 @@ class PlainEngine(Engine):
                 parameter.grad.add_(gradient)
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self) -> bool:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norms = torch._foreach_norm(self._buckets.flat if self._buckets else gradients)
-        self.norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        divisor = None
+        if self.loss_scale:
+            norm = norm / self.loss_scale.value
+            if not torch.isfinite(norm):
+                return False
+            divisor = torch.full_like(norm, self.loss_scale.value)
+        self.norm = norm
         if self._clip_norm is not None:
-            excess = ((self.norm + 1e-6) / self._clip_norm).clamp(min=1.0)
-            if self._clip_value is None and self._divides_by_scale:
-                self.optimizer.grad_scale = (
-                    excess  # the fused kernel divides by it while it reads the gradients
-                )
-            else:
-                torch._foreach_div_(gradients, excess)
+            excess = ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+            divisor = excess if divisor is None else divisor * excess
+        in_the_kernel = self._divides_by_scale and self._clip_value is None
+        if divisor is not None and not in_the_kernel:
+            torch._foreach_div_(gradients, divisor)
         if self._clip_value is not None:
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)
+        if in_the_kernel:  # it divides while it reads the gradients
+            self.optimizer.grad_scale = divisor
         self.optimizer.step()
-        if self._divides_by_scale:
+        if in_the_kernel:
             self.optimizer.grad_scale = None
+        return True
 
     def _states(self) -> Iterator[dict[str, Any]]:
         yield from self.optimizer.state.values()

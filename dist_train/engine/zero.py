@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, materialise
 from dist_train.errors import UserError
 from dist_train.networks import Player
+from dist_train.strategies import merged
 from dist_train.world import World
 
 ZERO_BUCKET = 5_000_000
@@ -48,22 +49,7 @@ class ZeroEngine(Engine):
             model=player,
             optimizer=optimizer,
             dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": 1,  # counted by us; DeepSpeed only wants a number
-                "gradient_accumulation_steps": 1 if given else micro_batches,
-                "gradient_clipping": 0.0,
-                "steps_per_print": sys.maxsize,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {
-                    "stage": stage,
-                    "reduce_bucket_size": ZERO_BUCKET,
-                    "allgather_bucket_size": ZERO_BUCKET,
-                    "stage3_param_persistence_threshold": strategy.get(
-                        "persistence_threshold", PERSISTENCE_THRESHOLD
-                    ),
-                },
-            },
+            config=configuration(stage, strategy, 1 if given else micro_batches),
         )
         self.zero = self.engine.optimizer
         self._sum: list[Tensor | None] | None = None
@@ -106,7 +92,7 @@ class ZeroEngine(Engine):
     def full_gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: safe_get_full_grad(p).clone() for name, p in self.trained.items()}
+        return {n: safe_get_full_grad(p) / self._scale for n, p in self.trained.items()}
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -123,8 +109,7 @@ class ZeroEngine(Engine):
         return self.engine(network, *inputs)
 
     def _stream(self, loss: Tensor, last: bool) -> None:
-        # DeepSpeed averages over the ranks; times the world size that mean is the sum that weighted losses need
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the micro-batch; it updates nothing before the last
 
@@ -138,11 +123,22 @@ class ZeroEngine(Engine):
             if gradient is not None:
                 self._sum[index] = gradient if total is None else total.add_(gradient)
 
-    def _update(self) -> None:
+    @property
+    def _scale(self) -> float:
+        """By what DeepSpeed's gradients are to be divided: it averages over the ranks, and weighted losses need the
+        sum, so the loss scale of fp16 (or 1) over the number of ranks."""
+        return (self.loss_scale.value if self.loss_scale else 1.0) / self.world.size
+
+    def _update(self) -> bool:
         self.zero.clip_grad = self._clip_norm or 0.0
+        self.zero.override_loss_scale(self._scale)
         self.engine.step()
+        self.zero.custom_loss_scaler = False  # or its backward multiplies the loss by it
+        if self.loss_scale and self.zero.overflow:
+            return False
         norm = self.engine.get_global_grad_norm()
         self.norm = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32).detach()
+        return True
 
     def _clamp_owned_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._clip_value is None:
@@ -226,6 +222,35 @@ class ZeroEngine(Engine):
         return (
             (self.zero.fp32_partitioned_groups_flat[group], offset, start, count) if count else None
         )
+
+
+def configuration(stage: int, strategy: Mapping[str, Any], micro_batches: int) -> dict[str, Any]:
+    """DeepSpeed's settings: those that the recipe decides, and the user's own of `strategy.deepspeed`."""
+    pinned = torch.cuda.is_available()
+    host = {"device": "cpu", "pin_memory": pinned}
+    offload = strategy.get("offload", "none")
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": ZERO_BUCKET,
+        "allgather_bucket_size": ZERO_BUCKET,
+        "stage3_param_persistence_threshold": strategy.get(
+            "persistence_threshold", PERSISTENCE_THRESHOLD
+        ),
+    }
+    if offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = host
+    if offload == "all":
+        zero["offload_param"] = host
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,  # counted by us; DeepSpeed only wants a number
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": 0.0,
+        "steps_per_print": sys.maxsize,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    return merged(ours, strategy.get("deepspeed", {}))
 
 
 _OTHER_ORDER = (

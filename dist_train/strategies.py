@@ -1,0 +1,108 @@
+"""How a player may be spread over the ranks: the settings of `strategy`, checked without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dist_train.errors import UserError, nearest
+from dist_train.settings import short
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+OFFLOADS = {
+    "none": STRATEGIES,
+    "optimizer": ("zero1", "zero2", "zero3"),
+    "all": ("zero3",),  # the parameters too
+}
+"""What lives in the memory of the host instead of the device's, and the strategies that can do so."""
+
+OWNED_BY_THE_RECIPE = {
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.micro_batch",
+    "gradient_accumulation_steps": "data.global_batch / data.micro_batch / ranks",
+    "gradient_clipping": "callbacks.clip_gradients",
+    "optimizer": "optimizer",
+    "scheduler": "callbacks.learning_rate_decay",
+    "fp16": "precision",
+    "bf16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "activation_checkpointing",
+    "compile": "compile",
+    "zero_allow_untested_optimizer": "optimizer",
+    "zero_force_ds_cpu_optimizer": "optimizer",
+    "zero_optimization.stage": "strategy.name",
+    "zero_optimization.offload_optimizer": "strategy.offload",
+    "zero_optimization.offload_param": "strategy.offload",
+    "zero_optimization.stage3_param_persistence_threshold": "strategy.persistence_threshold",
+}
+"""Settings of DeepSpeed that a recipe cannot give as such, and the recipe's own that decides them."""
+
+
+def check_strategy(strategy: Any, where: str) -> None:
+    """Raise UserError for what no strategy can be; `where` is the key path to name."""
+    name = strategy.get("name") if isinstance(strategy, dict) else strategy
+    if name == "auto":
+        raise UserError(f"{where}: auto comes with plan; choose single, ddp, zero1, zero2 or zero3")
+    if name not in STRATEGIES:
+        raise UserError(
+            f"{where}: got {short(name)}, expected one of {', '.join(STRATEGIES)}"
+            + nearest(str(name), STRATEGIES)
+        )
+    known = ["name"]
+    if name.startswith("zero"):
+        known += ["offload", "deepspeed"]
+    if name == "zero3":
+        known += ["persistence_threshold"]
+    for key in strategy:
+        if key not in known:
+            raise UserError(
+                f"{where}.{key}: unknown key, {name} takes {', '.join(known)}{nearest(key, known)}"
+            )
+    threshold = strategy.get("persistence_threshold", 0)
+    if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
+        raise UserError(
+            f"{where}.persistence_threshold: got {short(threshold)}, expected a whole number of elements, 0 or more"
+        )
+    able = OFFLOADS.get(strategy.get("offload", "none"))
+    if able is None:
+        raise UserError(
+            f"{where}.offload: got {short(strategy['offload'])}, expected one of {', '.join(OFFLOADS)}"
+        )
+    if name not in able:
+        raise UserError(
+            f"{where}.offload: got {short(strategy['offload'])} with {name}, expected {' or '.join(able)}:"
+            " other stages keep all parameters on the device"
+        )
+    _check_deepspeed(strategy.get("deepspeed", {}), f"{where}.deepspeed")
+
+
+def _check_deepspeed(settings: Any, where: str) -> None:
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: got {short(settings)}, expected a mapping of DeepSpeed settings")
+    for key, value in flat(settings).items():
+        for owned, ours in OWNED_BY_THE_RECIPE.items():
+            if key == owned or key.startswith(f"{owned}."):
+                raise UserError(
+                    f"{where}.{key}: got {short(value)}, but the recipe decides this by '{ours}'; set it there"
+                )
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{a: {b: 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        path = f"{prefix}{key}"
+        found |= flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+    return found
+
+
+def merged(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a value, `more` wins."""
+    result = dict(base)
+    for key, value in more.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
