@@ -2,66 +2,164 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
-ROUNDS = 6
-U64 = np.uint64
-SHIFT_1, SHIFT_2, SHIFT_3 = U64(30), U64(27), U64(32)
-FACTOR_1, FACTOR_2 = U64(0xBF58476D1CE4E5B9), U64(0x94D049BB133111EB)
+from dist_train.data_shards.permutation import U64, permute, round_keys, scramble
+from dist_train.errors import UserError, nearest
+
+SHUFFLES = ("global", "window", "none")
+MOST_RANKS = 64
+"""An automatic number of streams serves every number of ranks up to this that divides the batch."""
+
+
+class Ordering(Protocol):
+    """An endless sequence of samples. An epoch of it has `size` places."""
+
+    size: int
+
+    def at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (epochs, ids), int64 arrays, of the places [start, stop)."""
 
 
 class Order:
     """The endless order of `size` samples: epoch after epoch, each a keyed permutation of [0, size).
 
-    The permutation is an alternating Feistel network on pairs (left, right) of Z_a x Z_b, where a * b is the smallest
-    such product with a = ceil(sqrt(size)). Adding a function of one half to the other can always be undone, so it is a
-    bijection of [0, a * b); a value that falls outside [0, size) is sent through again until it falls inside ("cycle
-    walking"), which keeps it one on [0, size). Memory is O(1), and any place can be asked for at once.
+    Args:
+        shuffle: "global" permutes all samples. "window" takes the shards in a keyed order and permutes the samples of
+            `window` shards at a time, so that no more shards than that are needed at once (two windows where they
+            meet). "none" is the order of the files.
+        shards: how many samples each shard has; only "window" asks.
+        batch, streams: of each batch of B places, stream s of C has the rows [s * B / C, (s + 1) * B / C), and these
+            come from the s-th part of the samples alone. So a rank whose rows are those of whole streams needs only
+            their parts, and that changes nothing in the order. The streams share `window` (at least one shard each).
+
+    An epoch seldom is a whole number of batches, so a stream has a few samples more in one epoch than in the next, and
+    the bounds between the parts move by at most `batch` samples.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        *,
+        shuffle: str = "global",
+        shards: Sequence[int] | np.ndarray = (),
+        window: int = 16,
+        batch: int = 1,
+        streams: int = 1,
+    ) -> None:
         if size < 1:
             raise ValueError(f"an order needs at least one sample, not {size}")
-        self.size = size
-        self.seed = seed
-        self._a = U64(math.isqrt(size - 1) + 1)
-        self._b = U64(-(-size // int(self._a)))
+        if shuffle not in SHUFFLES:
+            raise UserError(
+                f"data.shuffle '{shuffle}'{nearest(shuffle, SHUFFLES)} (use {', '.join(SHUFFLES)})"
+            )
+        if streams < 1 or batch % streams:
+            raise UserError(
+                f"data.streams {streams}: must divide the global batch {batch}, "
+                f"like {default_streams(batch)}"
+            )
+        self.size, self.seed = size, seed
+        self.shuffle = shuffle
+        self.batch, self.streams = batch, streams
+        self.window = max(1, window // streams)
+        self._starts = np.cumsum(shards, dtype=np.int64) - shards
+        self._tables: dict[int, _Windows] = {}
 
     def at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (epochs, ids), int64 arrays, of the places [start, stop) of the endless order."""
-        epochs, places = np.divmod(np.arange(start, stop, dtype=np.int64), self.size)
-        if stop <= start:
-            return epochs, places
-        first = int(epochs[0])
-        keys = np.stack([self._keys(epoch) for epoch in range(first, int(epochs[-1]) + 1)], axis=1)
-        return epochs, self._permute(places.astype(U64), keys, epochs - first).astype(np.int64)
+        epochs = np.arange(start, stop, dtype=np.int64) // self.size
+        parts = [
+            self._in_epoch(
+                epoch, np.arange(max(start, epoch * self.size), min(stop, (epoch + 1) * self.size))
+            )
+            for epoch in range(start // self.size, -(-stop // self.size))
+        ]
+        return epochs, np.concatenate(parts) if parts else epochs
 
-    def _keys(self, epoch: int) -> np.ndarray:
-        text = struct.pack("<qq", self.seed, epoch)
-        digest = hashlib.blake2b(text, digest_size=8 * ROUNDS, person=b"dist-train order").digest()
-        return np.frombuffer(digest, dtype="<u8").astype(U64)
+    def _in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The ids at `places` (n,), all of one epoch."""
+        row = self.batch // self.streams
+        begin = epoch * self.size
+        stream = places % self.batch // row
+        low, high = self._part(epoch, stream), self._part(epoch, stream + 1)
+        inner = self._before(places, stream + 1) - self._before(places, stream)
+        inner -= self._before(begin, stream + 1) - self._before(begin, stream)
+        if self.shuffle == "none":
+            return low + inner
+        if self.shuffle == "global":
+            return low + permute(inner, high - low, round_keys(self.seed, epoch), stream)
+        if epoch not in self._tables:
+            bounds = self._part(epoch, np.arange(self.streams + 1))
+            kept = {e: t for e, t in self._tables.items() if abs(e - epoch) <= 1}
+            self._tables = kept | {epoch: _Windows(self, epoch, bounds)}
+        return self._tables[epoch].ids(low + inner)
 
-    def _permute(self, places: np.ndarray, keys: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-        """Map `places` (n,) under the round `keys` (ROUNDS, epochs), of which place i uses column `epoch[i]`."""
-        left, right = np.divmod(places, self._b)
-        for number, key in enumerate(keys[:, epoch] if keys.shape[1] > 1 else keys):
-            if number % 2 == 0:
-                left = (left + _mix(right + key)) % self._a
-            else:
-                right = (right + _mix(left + key)) % self._b
-        ids = left * self._b + right
-        outside = np.flatnonzero(ids >= self.size)
-        if len(outside):
-            ids[outside] = self._permute(ids[outside], keys, epoch[outside])
-        return ids
+    def _before(self, places: np.ndarray | int, streams: np.ndarray | int) -> np.ndarray:
+        """How many places before `places` belong to streams before `streams`."""
+        rows = np.asarray(streams) * (self.batch // self.streams)
+        return places // self.batch * rows + np.minimum(places % self.batch, rows)
+
+    def _part(self, epoch: int, streams: np.ndarray | int) -> np.ndarray:
+        """The first ids of the parts of `streams` in this epoch."""
+        begin, end = epoch * self.size, (epoch + 1) * self.size
+        return self._before(end, streams) - self._before(begin, streams)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit words (the finaliser of splitmix64), down to 32 bits so that a sum cannot overflow."""
-    x = (x ^ (x >> SHIFT_1)) * FACTOR_1
-    x = (x ^ (x >> SHIFT_2)) * FACTOR_2
-    return x >> SHIFT_3
+class _Windows:
+    """One epoch of an order by windows: shards in keyed order, windows of them, each permuted within.
+
+    A shard that the bound between two streams cuts is a piece of each. Places here are those of the streams laid end
+    to end. Memory is O(shards), a lookup O(log shards).
+    """
+
+    def __init__(self, order: Order, epoch: int, bounds: np.ndarray) -> None:
+        starts = np.sort(np.concatenate([order._starts, bounds[:-1]]), kind="stable")
+        stream = np.searchsorted(bounds, starts, "right") - 1
+        key = round_keys(order.seed, epoch, "shards")[0]
+        arranged = np.lexsort((scramble(np.arange(len(starts)).astype(U64) + key), stream))
+        lengths = np.diff(starts, append=order.size)[arranged]
+        self.pieces = np.cumsum(lengths) - lengths  # the first place of each
+        self.first_ids = starts[arranged]
+        first = np.searchsorted(stream, stream)  # of each piece, the first of its stream
+        self.windows = self.pieces[(np.arange(len(starts)) - first) % order.window == 0]
+        self.sizes = np.diff(self.windows, append=order.size)
+        self.keys = round_keys(order.seed, epoch)
+
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        """The ids at `places` (n,)."""
+        window = np.searchsorted(self.windows, places, "right") - 1
+        low = self.windows[window]
+        places = low + permute(places - low, self.sizes[window], self.keys, window)
+        piece = np.searchsorted(self.pieces, places, "right") - 1
+        return self.first_ids[piece] + places - self.pieces[piece]
+
+
+class Bootstrap:
+    """`size` draws with replacement from an order's samples, in its order: the same draws in each epoch.
+
+    What one member of an ensemble sees ("bagging"); members differ by `seed`. About 37 % of the samples are not drawn.
+    """
+
+    def __init__(self, order: Ordering, seed: int) -> None:
+        self.order, self.size = order, order.size
+        self._key = round_keys(seed, 0, "bootstrap")[0]
+
+    def at(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (epochs, ids), int64 arrays, of the places [start, stop)."""
+        epochs, drawn = self.order.at(start, stop)
+        return epochs, self.draws(drawn)
+
+    def draws(self, numbers: np.ndarray) -> np.ndarray:
+        """The samples of the draws `numbers` (n,) of [0, size)."""
+        words = scramble(scramble(numbers.astype(U64)) + self._key)
+        return (words % U64(self.size)).astype(np.int64)
+
+
+def default_streams(batch: int) -> int:
+    """The fewest streams that let any number of ranks up to MOST_RANKS that divides `batch` take whole ones."""
+    return math.lcm(*(ranks for ranks in range(1, MOST_RANKS + 1) if batch % ranks == 0))

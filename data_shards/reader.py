@@ -34,6 +34,16 @@ class Shards:
     def __len__(self) -> int:
         return self._stops[-1]
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many samples each shard has."""
+        return [shard.samples for shard in self.shards]
+
+    @property
+    def tokens(self) -> int | None:
+        """How many targets the split has, where its samples are tokens."""
+        return self.index.tokens.get(self.split)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Shards, (self.folder, self.split, self.index)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import components
+from dist_train.data import describe
 from dist_train.errors import UserError
 from dist_train.recipe import Recipe
-from dist_train.run import data_folder
 from dist_train.run_directory import RunDirectory, write_file
 from dist_train.trained import restore
 
@@ -43,8 +43,6 @@ def export(run_dir: str | Path, out: str | Path, weights: str | None = None) -> 
     import torch
     from safetensors.torch import load_file, save_file
 
-    from dist_train.data_shards.index import Index
-
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already; name a new folder")
@@ -52,7 +50,7 @@ def export(run_dir: str | Path, out: str | Path, weights: str | None = None) -> 
     weights = weights or (recipe.evaluate.weights if recipe.evaluate else "live")
     trainer = restore(run_dir, recipe)
     averages = {} if weights == "live" else trainer.callback(weights).weights(trainer)
-    known = Index.load(data_folder(recipe)).describe()
+    known = describe(recipe)
     written = {}
     for player, specs in recipe.networks.items():
         whole = averages.get(player) or trainer.full_weights(player)

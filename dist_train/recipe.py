@@ -25,11 +25,11 @@ from dist_train.recipe_checks import (
     check_weights,
     one_parameter,
 )
+from dist_train.recipe_data import Data
 from dist_train.recipe_mistakes import explain
 from dist_train.recipe_sections import (
     NAME,
     NAMED,
-    Data,
     DurationText,
     Evaluate,
     GroupSettings,
@@ -235,11 +235,14 @@ class Recipe(Section):
             )
         for instance, spec in self.callback_specs.items():
             yield "callback", spec, f"callbacks.{instance}"
-        for mode in ("train", "evaluate"):
-            for position, spec in enumerate(getattr(self.data.transforms, mode)):
-                yield "transform", spec, f"data.transforms.{mode}.{position}"
-        if self.data.name is not None:
-            yield "source", {"name": self.data.name, **self.data.options}, "data"
+        for stream, where in self.data.located():
+            for mode in ("train", "evaluate"):
+                for position, spec in enumerate(getattr(stream.transforms, mode)):
+                    yield "transform", spec, f"{where}.transforms.{mode}.{position}"
+            for position, source in enumerate(stream.origins):
+                inner = "" if stream.sources is None else f".sources.{position}"
+                if source.name is not None:
+                    yield "source", {"name": source.name, **source.options}, f"{where}{inner}"
         for position, metric in enumerate(self.evaluate.metrics if self.evaluate else []):
             yield "metric", {"name": metric}, f"evaluate.metrics.{position}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,7 +18,10 @@ def _field_at(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[type[BaseMo
         if isinstance(key, int):  # a position in a list of sections
             continue
         field = section.model_fields.get(key) if section is not None else None
-        section = None
+        free = (
+            field is None and section is not None and section.model_config.get("extra") == "allow"
+        )
+        section = get_args(get_type_hints(section)["__pydantic_extra__"])[1] if free else None
         if field is not None:
             description = field.description or description
             for kind in (field.annotation, *get_args(field.annotation)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -40,60 +39,6 @@ EveryText = Annotated[str, BeforeValidator(_every)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Transforms(Section):
-    """What is done to a sample before it is stacked into a batch."""
-
-    train: list[Spec] = Field(
-        default=[], description="a list of transforms, [{name: ..., arguments}]"
-    )
-    evaluate: list[Spec] = Field(
-        default=[], description="a list of transforms, [{name: ..., arguments}]"
-    )
-
-
-class Data(Section):
-    """Which shards, and how they become batches."""
-
-    name: str | None = Field(None, min_length=1, description="the name of a data source")
-    path: str | None = Field(None, min_length=1, description="a folder of tar shards")
-    options: dict[str, Any] = Field(default={}, description="a mapping of the source's arguments")
-    split: str = Field("train", pattern=NAME, description="the name of a split")
-    global_batch: int = Field(
-        ge=1, le=2**31, description="a whole number of samples a step, over all ranks, 1 or more"
-    )
-    micro_batch: int = Field(
-        ge=1, le=2**31, description="a whole number of samples a forward, 1 or more"
-    )
-    transforms: Transforms = Field(
-        default=Transforms(), description="{train: [...], evaluate: [...]}"
-    )
-    scale: Literal["standard", "signed", "unit"] = Field(
-        "standard", description="standard (mean 0, deviation 1), signed (-1 to 1) or unit (0 to 1)"
-    )
-    workers: int = Field(
-        0, ge=0, le=1024, description="a whole number of loader processes a rank, 0 or more"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Data:
-        if (self.name is None) == (self.path is None):
-            raise UserError(
-                f"name: got {short(self.name)} with path {short(self.path)}, expected one of the two"
-            )
-        if self.path is not None and "://" in self.path:
-            raise UserError(f"path: got {short(self.path)}, expected a folder on this machine")
-        if self.path is not None and self.options:
-            raise UserError(
-                f"options: got {short(self.options)}, expected none: they are for sources by name"
-            )
-        if self.global_batch % self.micro_batch:
-            raise UserError(
-                f"micro_batch: got {self.micro_batch}, expected a divisor of global_batch {self.global_batch}: "
-                + _divisors(self.global_batch, self.micro_batch)
-            )
-        return self
 
 
 class Evaluate(Section):
@@ -164,12 +109,3 @@ class Log(Section):
     """When a row is written."""
 
     every: EveryText = Field(default="10 steps", description="a rhythm like '10 steps'")
-
-
-def _divisors(number: int, near: int, count: int = 12) -> str:
-    """The divisors of `number`, of many only those closest to `near`."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = sorted(
-        {*small, *(number // d for d in small)}, key=lambda d: abs(math.log(d / near))
-    )
-    return ", ".join(map(str, sorted(divisors[:count])))

@@ -17,9 +17,7 @@ from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
 from dist_train.callbacks.stragglers import Stragglers
-from dist_train.data_shards.loader import EvaluationBatches, evaluation_batches, training_batches
-from dist_train.data_shards.reader import Shards
-from dist_train.data_shards.sources import locate
+from dist_train.data import RunData, data_folders, evaluation_batches
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, UserError
@@ -38,7 +36,7 @@ from dist_train.world import World, pin_threads
 if TYPE_CHECKING:
     from torch import nn
 
-SPREAD = ("strategy", "threads", "workers", "watch", "launch")
+SPREAD = ("strategy", "threads", "workers", "prefetch", "watch", "launch")
 """Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
@@ -96,7 +94,7 @@ def train(
             raise UserError(
                 "train(model=...): a module of this process cannot be sent to new ranks; name it in the recipe"
             )
-        data_folder(recipe)  # packed by this process, not by the ranks
+        data_folders(recipe)  # packed by this process, not by the ranks
         return _train_supervised(recipe, options, ranks, max_restarts)
     return _train_here(recipe, options, model)
 
@@ -192,12 +190,6 @@ def needs_group(recipe: Recipe) -> bool:
     return any(strategy["name"].startswith("zero") for strategy in recipe.strategies.values())
 
 
-def data_folder(recipe: Recipe) -> Path:
-    """The folder of the recipe's shards; named data are packed on first use."""
-    data = recipe.data
-    return locate(data.name or str(data.path), recipe.root, **data.options)
-
-
 def build(
     recipe: Recipe,
     world: World,
@@ -209,30 +201,17 @@ def build(
     """Build every part of a run, at step 0."""
     set_numerics(tf32=recipe.tf32, deterministic=recipe.deterministic)
     if world.is_main:
-        data_folder(recipe)
+        data_folders(recipe)
     world.barrier()
-    folder = data_folder(recipe)
-    data = recipe.data
-    shards = Shards(folder, data.split)
-    batches = training_batches(
-        shards,
-        seed=recipe.seed,
-        global_batch=data.global_batch,
-        micro_batch=data.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        transforms=_transforms(recipe, "train", shards),
-        workers=data.workers,
-        scale=data.scale,
-    )
+    data = RunData(recipe, world)
     evaluation = None
     if recipe.evaluate is not None:
-        evaluation = evaluation_of(recipe, Shards(folder, recipe.evaluate.split), world)
+        evaluation = evaluation_batches(recipe, world, recipe.evaluate.split)
     objective: Objective = components.build(
-        "objective", recipe.objective, "objective", statistics=shards.index.statistics
+        "objective", recipe.objective, "objective", statistics=data.statistics
     )
-    networks = make_networks(recipe, shards.index.describe(), model)
-    micro_batches = data.global_batch // data.micro_batch // world.size
+    networks = make_networks(recipe, data.known, model)
+    micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size
     engines = {}
     for player, modules in networks.items():
         for module in modules.values():
@@ -260,11 +239,10 @@ def build(
             given=player in objective.given,
             micro_batches=micro_batches,
         )
-    tokens = shards.index.tokens.get(data.split)
     steps = Duration.parse(recipe.duration).steps(
-        samples=len(shards),
-        global_batch=data.global_batch,
-        tokens=tokens,
+        samples=data.samples,
+        global_batch=recipe.data.global_batch,
+        tokens=data.tokens,
         turns=lambda player, step: sum(turn.player == player for turn in objective.turns(step)),
     )
     trainer = Trainer(
@@ -273,14 +251,14 @@ def build(
         engines,
         objective,
         make_callbacks(recipe),
-        Repeated(batches, overfit) if overfit else batches,
+        Repeated(data.batches, overfit) if overfit else data.batches,
         evaluation,
         {name: _metric(name) for name in recipe.evaluate.metrics} if recipe.evaluate else {},
         directory,
         total_steps=steps,
-        samples_per_epoch=len(shards),
-        tokens_per_epoch=tokens,
-        fingerprint=shards.index.fingerprint,
+        samples_per_epoch=data.samples,
+        tokens_per_epoch=data.tokens,
+        fingerprint=data.fingerprint,
         micro_order=micro_order,
     )
     return trainer
@@ -346,29 +324,6 @@ def make_callbacks(recipe: Recipe) -> Callbacks:
     for callback in instances.values():
         callback.configure(recipe)
     return Callbacks(instances)
-
-
-def evaluation_of(recipe: Recipe, shards: Shards, world: World) -> EvaluationBatches:
-    """The evaluation batches of this rank, over all of `shards`."""
-    assert recipe.evaluate is not None
-    return evaluation_batches(
-        shards,
-        micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-        transforms=_transforms(recipe, "evaluate", shards),
-        workers=recipe.data.workers,
-        scale=recipe.data.scale,
-    )
-
-
-def _transforms(recipe: Recipe, mode: str, shards: Shards) -> list[Any]:
-    specs = getattr(recipe.data.transforms, mode)
-    statistics = shards.index.statistics
-    return [
-        components.build("transform", spec, f"data.transforms.{mode}.{i}", statistics=statistics)
-        for i, spec in enumerate(specs)
-    ]
 
 
 def _metric(name: str) -> Metric:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import checkpoint, randomness
-from dist_train.data_shards.reader import Shards
+from dist_train.data import evaluation_batches
 from dist_train.data_shards.sources import locate
 from dist_train.errors import CheckpointError, UserError
 from dist_train.recipe import Recipe
-from dist_train.run import build, data_folder, evaluation_of
+from dist_train.run import build
 from dist_train.run_directory import RunDirectory
 from dist_train.trainer import Trainer
 from dist_train.world import World, pin_threads
@@ -49,9 +49,11 @@ def evaluate(
         raise UserError(f"{run_dir}: its recipe has no evaluate section, so no metrics are known")
     trainer = restore(run_dir, recipe)
     if data is not None or split is not None:
-        folder = data_folder(recipe) if data is None else locate(data, Path.cwd())
-        trainer.evaluation = evaluation_of(
-            recipe, Shards(folder, split or recipe.evaluate.split), trainer.world
+        trainer.evaluation = evaluation_batches(
+            recipe,
+            trainer.world,
+            split or recipe.evaluate.split,
+            None if data is None else locate(data, Path.cwd()),
         )
     results = trainer.evaluate(recipe.evaluate.weights)
     return {"run_dir": str(run_dir), "step": trainer.step, "results": results}

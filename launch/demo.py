@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train import checkpoint, randomness
+from dist_train.data import data_folders
 from dist_train.data_shards.reader import Shards
 from dist_train.launch.ngram import witten_bell_bits_per_byte
 from dist_train.recipe import Recipe
 from dist_train.report import write_report
-from dist_train.run import data_folder, train
+from dist_train.run import train
 from dist_train.run_directory import RunDirectory
 from dist_train.trained import restore
 
@@ -43,7 +44,9 @@ def demo(out: Path = Path("runs")) -> dict[str, Any]:
     root = out / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     root.mkdir(parents=True)
     recipes = {name: Recipe.load(name) for name in RECIPES}
-    for folder in sorted({data_folder(recipe) for recipe in recipes.values()}):
+    for folder in sorted(
+        {folder for recipe in recipes.values() for folder in data_folders(recipe)}
+    ):
         shards = Shards(folder, "train")
         console.print(
             f"packed {folder}: {len(shards)} samples to train on in {len(shards.shards)} shards"
@@ -113,7 +116,7 @@ def _accuracy(run: dict[str, Any]) -> dict[str, Any]:
 
 def _against_ngram(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
     """The model's bits per byte beside a Witten-Bell 3-gram's, fitted to the same split, on the same target bytes."""
-    folder = data_folder(recipe)
+    (folder,) = data_folders(recipe)
     baseline = witten_bell_bits_per_byte(
         _documents(folder, "train"), _documents(folder, "test"), order=3
     )
@@ -141,7 +144,7 @@ def _judged(gan: Path, classifier: Path) -> dict[str, Any]:
     import torch
 
     judge, artist = restore(classifier), restore(gan)
-    statistics = Shards(data_folder(judge.recipe), "train").index.statistics["image"]
+    statistics = Shards(data_folders(judge.recipe)[0], "train").index.statistics["image"]
     mean, deviation = float(statistics["mean"][0]), float(statistics["std"][0])
     network = judge.view().model
 
@@ -152,7 +155,7 @@ def _judged(gan: Path, classifier: Path) -> dict[str, Any]:
 
     randomness.reseed(artist.recipe.seed, artist.step)
     drawn = artist.objective.samples(artist.view("ema"), SAMPLES, artist.world.device)["generator"]
-    test = Shards(data_folder(judge.recipe), "test")
+    test = Shards(data_folders(judge.recipe)[0], "test")
     real = np.stack([test.sample(i)["image"] for i in range(len(test))])
     real = torch.from_numpy(real).to(drawn)[:, None] / 255
     pixels = torch.randperm(real[0].numel(), device=real.device)

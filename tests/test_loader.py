@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.data_shards.loader import evaluation_batches, keyed_generator, training_batches
+from dist_train.data_shards.assembler import keyed_generator
+from dist_train.data_shards.loader import evaluation_batches, training_batches
 from dist_train.data_shards.order import Order
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.transforms import HorizontalFlip, RandomCrop

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import checkpoint, components, run
+from dist_train.data import data_folders
 from dist_train.errors import UserError
 from dist_train.objectives import Objective
 from dist_train.ranks import RankFailed, start_ranks
@@ -60,7 +61,7 @@ def verify(
         steps = _steps_for_every_player(objective)
     if steps < 2:
         raise UserError(f"--steps {steps}: expected 2 or more: a run is killed and goes on")
-    run.data_folder(recipe)  # packed by this process, not by the ranks
+    data_folders(recipe)  # packed by this process, not by the ranks
     bare = _bare(recipe, ranks)
     chosen = _strategies(recipe)
     with tempfile.TemporaryDirectory(prefix="dist-train-verify-") as scratch:

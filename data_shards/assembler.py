@@ -1,0 +1,127 @@
+"""From sample ids to tensors: read, transformed with each sample's own generator, scaled, padded, stacked (law 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_train.data_shards.mixture import Together
+from dist_train.data_shards.reader import Shards
+from dist_train.errors import UserError, nearest
+
+SCALES = ("standard", "signed", "unit")
+Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
+
+
+class Assembler:
+    """Turns the ids of samples into tensors, the same in any process."""
+
+    def __init__(
+        self,
+        shards: Shards | Together,
+        seed: int,
+        transforms: Sequence[Transform] = (),
+        scale: str = "standard",
+    ) -> None:
+        if scale not in SCALES:
+            raise UserError(
+                f"data.scale '{scale}'{nearest(scale, SCALES)} (use {', '.join(SCALES)})"
+            )
+        self.shards = shards
+        self.seed = seed
+        self.transforms = tuple(transforms)
+        self.scale = scale
+        self.kinds = {
+            spec.name: spec.kind
+            for spec in shards.index.fields.values()
+            if spec.kind in ("image", "array", "tokens", "label")
+        }
+
+    def tensors(self, ids: np.ndarray, epochs: np.ndarray) -> dict[str, torch.Tensor]:
+        """The fields of the samples `ids` (b,), drawn for `epochs` (b,); each tensor has b rows."""
+        if self.transforms:
+            pairs = zip(ids.tolist(), epochs.tolist(), strict=True)
+            samples = [self._transformed(i, epoch) for i, epoch in pairs]
+            columns = {name: [sample[name] for sample in samples] for name in self.kinds}
+        else:
+            columns = {name: self.shards.column(name, ids) for name in self.kinds}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, kind in self.kinds.items():
+            if kind == "label":
+                tensors[name] = torch.tensor(columns[name], dtype=torch.int64)
+            elif kind == "tokens":
+                tensors[name], tensors["length"] = _padded(columns[name])
+            else:
+                stacked = self._stacked(name, columns[name], ids)
+                tensors[name] = self._scaled(name, stacked) if kind == "image" else stacked
+        return tensors
+
+    def _transformed(self, i: int, epoch: int) -> dict[str, Any]:
+        sample = self.shards.sample(i, tuple(self.kinds))
+        rng = keyed_generator(self.seed, epoch, i)
+        for transform in self.transforms:
+            sample = transform(sample, rng)
+        return sample
+
+    def _stacked(self, name: str, values: Any, ids: np.ndarray) -> torch.Tensor:
+        if isinstance(values, np.ndarray):
+            return torch.from_numpy(values)
+        for i, value in zip(ids.tolist(), values, strict=True):
+            if value.shape != values[0].shape:
+                raise UserError(
+                    f"{self.shards.where(i)}, field '{name}': has shape {value.shape}, "
+                    f"another of its batch {values[0].shape}; bring them to one shape when packing, or crop"
+                )
+        return torch.from_numpy(np.stack(values))
+
+    def _scaled(self, name: str, images: torch.Tensor) -> torch.Tensor:
+        """(b, H, W) or (b, H, W, C) uint8 -> (b, C, H, W) float32."""
+        images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(3, 1)
+        scaled = images.to(torch.float32, memory_format=torch.contiguous_format)
+        if self.scale == "unit":
+            return scaled.div_(255)
+        if self.scale == "signed":
+            return scaled.sub_(127.5).div_(127.5)
+        statistics = self.shards.index.statistics.get(name, {"mean": [], "std": []})
+        if len(statistics["mean"]) != images.shape[1]:
+            raise UserError(
+                f"{self.shards.folder}: no statistics of {images.shape[1]} channels in index.json; "
+                "use data.scale unit or signed"
+            )
+        mean = torch.tensor(statistics["mean"]).view(-1, 1, 1)
+        std = torch.tensor([value or 1.0 for value in statistics["std"]]).view(-1, 1, 1)
+        return scaled.div_(255).sub_(mean).div_(std)
+
+
+def derived(seed: int, name: str) -> int:
+    """The seed of one of several streams of samples; that of the only one, '', is the run's."""
+    if not name:
+        return seed
+    text = struct.pack("<q", seed) + name.encode()
+    digest = hashlib.blake2b(text, digest_size=8, person=b"dist-train data").digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def keyed_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """The generator of law 2 for the data: the same draws for (seed, epoch, sample) on any rank, in any worker."""
+    key = np.array([seed, epoch], dtype=np.int64).view(np.uint64)
+    return np.random.Generator(
+        np.random.Philox(key=key, counter=np.array([0, 0, 0, sample], np.uint64))
+    )
+
+
+def _padded(pieces: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pieces of unequal length -> (b, longest) int64 padded right with 0, and their numbers of targets (b,)."""
+    lengths = [len(piece) for piece in pieces]
+    if isinstance(pieces, np.ndarray):
+        tokens = pieces.astype(np.int64)
+    else:
+        tokens = np.zeros((len(pieces), max(lengths)), np.int64)
+        for row, piece in zip(tokens, pieces, strict=True):
+            row[: len(piece)] = piece
+    return torch.from_numpy(tokens), torch.tensor(lengths, dtype=torch.int64) - 1

@@ -1,0 +1,147 @@
+"""A recipe's data section becomes shards, orders and batches."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from dist_train import components
+from dist_train.data_shards.assembler import Assembler, derived
+from dist_train.data_shards.loader import EvaluationBatches, Stream, TrainingBatches
+from dist_train.data_shards.mixture import Mixture, Together
+from dist_train.data_shards.order import Bootstrap, Order, Ordering, default_streams
+from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sources import locate
+from dist_train.recipe import Recipe
+from dist_train.recipe_data import Source
+from dist_train.recipe_data import Stream as Settings
+from dist_train.world import World
+
+
+def data_folders(recipe: Recipe) -> list[Path]:
+    """The folders of all the recipe's shards; named data are packed on first use."""
+    return [
+        _folder(recipe, source) for stream, _ in recipe.data.located() for source in stream.origins
+    ]
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The values that `auto` can take in the recipe: those that all its streams agree on."""
+    return _agreed([_open(recipe, stream, stream.split) for stream, _ in recipe.data.located()])
+
+
+class RunData:
+    """The training data of a run on one rank.
+
+    Attributes:
+        batches: what the trainer reads. known: what `auto` can take.
+        samples: places an epoch has, that of the longest stream. tokens: what they hold, where that is known.
+        statistics: of its fields, by name.
+        fingerprint: of all indexes; a run resumes on no other.
+    """
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        data = recipe.data
+        opened = {name: _open(recipe, stream, stream.split) for name, stream in data.named.items()}
+        streams = {}
+        for (name, shards), (settings, where) in zip(opened.items(), data.located(), strict=True):
+            seed = derived(recipe.seed, name)
+            order = _order(settings, shards, seed, recipe)
+            transforms = _transforms(settings, where, "train", shards)
+            streams[name] = Stream(order, Assembler(shards, seed, transforms, settings.scale))
+        self.batches = TrainingBatches(
+            streams,
+            global_batch=data.global_batch,
+            micro_batch=data.micro_batch,
+            rank=world.rank,
+            world_size=world.size,
+            workers=data.workers,
+            prefetch=data.prefetch,
+        )
+        longest = max(opened.values(), key=len)
+        self.samples, self.tokens = len(longest), longest.tokens
+        self.known = _agreed(list(opened.values()))
+        self.statistics = {
+            f"{stream}.{field}" if stream else field: moments
+            for stream, shards in opened.items()
+            for field, moments in shards.index.statistics.items()
+        }
+        prints = [shards.index.fingerprint for shards in opened.values()]
+        self.fingerprint = prints[0]
+        if len(prints) > 1:
+            self.fingerprint = hashlib.sha256(" ".join(prints).encode()).hexdigest()
+
+
+def evaluation_batches(
+    recipe: Recipe, world: World, split: str, folder: Path | None = None
+) -> EvaluationBatches:
+    """The evaluation batches of this rank over a split: of the recipe's own data, or of the shards in `folder`."""
+    assert recipe.evaluate is not None
+    assemblers = {}
+    for name, (settings, where) in zip(recipe.data.named, recipe.data.located(), strict=True):
+        shards = Shards(folder, split) if folder else _open(recipe, settings, split)
+        transforms = _transforms(settings, where, "evaluate", shards)
+        assemblers[name] = Assembler(shards, 0, transforms, settings.scale)
+    return EvaluationBatches(
+        assemblers,
+        micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+    )
+
+
+def _folder(recipe: Recipe, source: Source) -> Path:
+    return locate(source.name or str(source.path), recipe.root, **source.options)
+
+
+def _open(recipe: Recipe, stream: Settings, split: str) -> Shards | Together:
+    parts = [Shards(_folder(recipe, source), split) for source in stream.origins]
+    if stream.sources is None:
+        return parts[0]
+    return Together(parts, [source.weight for source in stream.sources])
+
+
+def _order(settings: Settings, shards: Shards | Together, seed: int, recipe: Recipe) -> Ordering:
+    batch = recipe.data.global_batch
+    streams = default_streams(batch) if settings.streams == "auto" else settings.streams
+
+    def order(part: Shards, seed: int) -> Order:
+        return Order(
+            len(part),
+            seed,
+            shuffle=settings.shuffle,
+            shards=part.sizes,
+            window=settings.window,
+            batch=batch,
+            streams=streams,
+        )
+
+    made: Ordering
+    if isinstance(shards, Together):
+        orders = [order(part, derived(seed, str(i))) for i, part in enumerate(shards.parts)]
+        made = Mixture(orders, [source.weight for source in settings.origins])
+    else:
+        made = order(shards, seed)
+    if settings.resample is None:
+        return made
+    return Bootstrap(made, seed if settings.resample.seed is None else settings.resample.seed)
+
+
+def _transforms(settings: Settings, where: str, mode: str, shards: Shards | Together) -> list[Any]:
+    statistics = shards.index.statistics
+    return [
+        components.build("transform", spec, f"{where}.transforms.{mode}.{i}", statistics=statistics)
+        for i, spec in enumerate(getattr(settings.transforms, mode))
+    ]
+
+
+def _agreed(opened: list[Shards] | list[Shards | Together]) -> dict[str, Any]:
+    known = [shards.index.describe() for shards in opened]
+    return {
+        key: value
+        for key, value in known[0].items()
+        if all(other.get(key) == value for other in known[1:])
+    }
