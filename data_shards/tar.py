@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +12,33 @@ import numpy as np
 from dist_train.errors import UserError
 
 BLOCK = 512
+TEMPLATE = bytearray(tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT))
+TEMPLATE[124:135] = bytes(11)
+TEMPLATE[148:156] = b" " * 8
+TEMPLATE_SUM = sum(TEMPLATE)
+Lost = list[tuple[int | None, str]]
+"""(how many samples, None where nobody can know; why)"""
+
+
+def padded(size: int) -> int:
+    """How many bytes a content of `size` takes in a tar."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def header(name: str, size: int) -> bytes:
+    """The header of a plain file, as `tarfile` writes it; for a short ASCII name put together here, for speed."""
+    encoded = name.encode()
+    if len(encoded) > 100 or not name.isascii() or size >= 8 << 30:
+        member = tarfile.TarInfo(name)
+        member.size = size
+        return member.tobuf(tarfile.PAX_FORMAT)
+    digits = b"%011o" % size
+    check = TEMPLATE_SUM + sum(encoded) + sum(digits)
+    block = bytearray(TEMPLATE)
+    block[: len(encoded)] = encoded
+    block[124:135] = digits
+    block[148:156] = b"%06o\0 " % check
+    return bytes(block)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -45,7 +73,7 @@ def members(path: Path) -> Iterator[tuple[str, str, int, int]]:
                         f"{where}: needs {size} bytes, the file ends after {length - member.offset_data}: "
                         "the shard is truncated"
                     )
-                end = member.offset_data + -(-size // BLOCK) * BLOCK
+                end = member.offset_data + padded(size)
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -73,47 +101,55 @@ def members(path: Path) -> Iterator[tuple[str, str, int, int]]:
         )
 
 
-def scan(path: Path, suffixes: list[str] | None = None) -> tuple[list[str], np.ndarray]:
+def scan(
+    path: Path, suffixes: list[str] | None = None, lost: Lost | None = None
+) -> tuple[list[str] | None, np.ndarray]:
     """Return (suffixes, table) of one shard; the table is int64 (samples, suffixes, 2) of (offset, size).
 
-    Every sample must have the same suffixes: those given, or else those of the first sample, sorted.
+    Every sample must have the same suffixes: those given, or else those of the first sample, sorted. What is wrong is a
+    UserError; where `lost` is given it is noted there instead, and the samples concerned have no row in the table.
     """
-    rows: list[list[tuple[int, int]]] = []
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     seen: set[str] = set()
-    current: dict[str, tuple[int, int]] = {}
-    current_key: str | None = None
+    wrong: dict[str, str] = {}
 
-    def close() -> None:
-        nonlocal suffixes
-        suffixes = suffixes or sorted(current)
-        if sorted(current) != suffixes:
-            missing = sorted(set(suffixes) - set(current))
-            what = f"has no '{missing[0]}'" if missing else f"has {sorted(current)}"
-            at = min(offset for offset, _ in current.values())
-            raise UserError(
-                f"{path}: sample '{current_key}' at byte {at} {what}; every sample needs {suffixes}"
-            )
-        rows.append([current[suffix] for suffix in suffixes])
+    def note(key: str, reason: str) -> None:
+        if lost is None:
+            raise UserError(f"{path}: {reason}")
+        wrong.setdefault(key, f"{path}: {reason}")
 
-    for key, suffix, offset, size in members(path):
-        if key != current_key:
-            if current:
-                close()
-            if key in seen:
-                raise UserError(
-                    f"{path}: sample '{key}' appears again at byte {offset}: its files must stand together, once"
-                )
-            seen.add(key)
-            current, current_key = {}, key
-        if suffix in current:
-            raise UserError(
-                f"{path}: sample '{key}' has two files '{suffix}', again at byte {offset}"
-            )
-        current[suffix] = (offset, size)
-    if not current:
-        raise UserError(f"{path}: holds no sample (names are KEY.SUFFIX, as webdataset has them)")
-    close()
-    assert suffixes is not None
+    try:
+        for key, suffix, offset, size in members(path):
+            if not samples or key != samples[-1][0]:
+                if key in seen:
+                    note(
+                        key,
+                        f"sample '{key}' appears again at byte {offset}: its files must stand together, once",
+                    )
+                seen.add(key)
+                samples.append((key, {}))
+            if suffix in samples[-1][1]:
+                note(key, f"sample '{key}' has two files '{suffix}', again at byte {offset}")
+            samples[-1][1][suffix] = (offset, size)
+    except UserError as error:
+        if lost is None:
+            raise
+        lost.append((None, str(error)))
+    if not samples:
+        note("", "holds no sample (names are KEY.SUFFIX, as webdataset has them)")
+        return suffixes, np.zeros((0, 0, 2), np.int64)
+    if suffixes is None:
+        counts = Counter(tuple(sorted(fields)) for _, fields in samples)
+        suffixes = sorted(samples[0][1]) if lost is None else list(counts.most_common(1)[0][0])
+    for key, fields in samples:
+        if sorted(fields) != suffixes:
+            missing = sorted(set(suffixes) - set(fields))
+            what = f"has no '{missing[0]}'" if missing else f"has {sorted(fields)}"
+            at = min(offset for offset, _ in fields.values())
+            note(key, f"sample '{key}' at byte {at} {what}; every sample needs {suffixes}")
+    if lost is not None and wrong:
+        lost.append((len(wrong), "; ".join(wrong.values())))
+    rows = [[fields[suffix] for suffix in suffixes] for key, fields in samples if key not in wrong]
     return suffixes, np.array(rows, dtype=np.int64).reshape(len(rows), len(suffixes), 2)
 
 

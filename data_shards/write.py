@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
-import secrets
-import shutil
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_train.data_shards.decode import encode
-from dist_train.data_shards.index import Index, index_shards
+from dist_train.data_shards import shard, tar
+from dist_train.data_shards.index import Index
+from dist_train.data_shards.indexing import Facts, finish_index
+from dist_train.data_shards.publish import published
 from dist_train.errors import UserError
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SPLIT = re.compile(r"[A-Za-z0-9_]+")
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 Row = tuple[str, str, Mapping[str, Any]]
-"""(split, key, {suffix: bytes | array | int | str})"""
+"""(split, key, {suffix: bytes | path of a file | array | int | str | JSON value})"""
 
 
 def split_of(key: str, fractions: Mapping[str, float] = FRACTIONS) -> str:
@@ -39,93 +42,105 @@ def write_shards(
     name: str,
     samples: Iterable[Row],
     *,
-    shard_size: int = 1000,
+    shard_size: int | str = "256MiB",
     classes: list[str] | None = None,
     vocabulary: int | None = None,
     source: str = "",
     licence: str = "",
+    workers: int | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
 ) -> Index:
-    """Write `samples` as tars `name-split-000000.tar`, ... of `shard_size` samples, and their index.
+    """Write `samples` as tars `name-split-000000.tar`, ... and their index into the new folder `out`.
 
-    The new folder `out` appears whole or not at all. UserError: `out` is not empty, a key or a split that cannot be.
+    `shard_size` is a size ("256MiB") or a number of samples. `workers` threads write (None: one a core), and change
+    nothing in what is written; `progress` hears how many samples were written whenever a shard is done. `out` appears
+    whole or not at all; after a kill the same call goes on with the shards that were done.
+    UserError: `out` is not empty, a key or a split that cannot be, a sample that lacks a field.
     """
-    out = Path(out)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    if not NAME.fullmatch(name):
         raise UserError(f"name '{name}': use letters, digits, '_', '.' and '-'")
-    if shard_size < 1:
-        raise UserError(f"shard_size {shard_size}: at least 1 sample")
-    with _published(out) as folder:
-        writers: dict[str, _Writer] = {}
-        for split, key, fields in samples:
-            if split not in FRACTIONS:
-                raise UserError(f"split '{split}' of sample '{key}': use {', '.join(FRACTIONS)}")
-            if split not in writers:
-                writers[split] = _Writer(folder, f"{name}-{split}", shard_size)
-            writers[split].add(key, fields)
-        for writer in writers.values():
-            writer.close()
-        if not writers:
-            raise UserError(f"'{name}': no samples to write")
-        return index_shards(
-            folder,
-            name=name,
-            classes=classes,
-            vocabulary=vocabulary,
-            source=source,
-            licence=licence,
-        )
+    limits = _limits(shard_size)
+    workers = workers or min(8, os.cpu_count() or 1)
+    splits: dict[str, list[shard.Written]] = {}
+    with published(Path(out)) as folder, ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[str, Future[shard.Written]]] = deque()
 
+        def finish_one() -> None:
+            split, future = waiting.popleft()
+            written = future.result()
+            splits.setdefault(split, []).append(written)
+            progress(written.shard.samples)
 
-class _Writer:
-    """The shards of one split, one after the other."""
-
-    def __init__(self, folder: Path, stem: str, shard_size: int) -> None:
-        self.folder, self.stem, self.shard_size = folder, stem, shard_size
-        self.samples = 0
-        self.archive: tarfile.TarFile | None = None
-
-    def add(self, key: str, fields: Mapping[str, Any]) -> None:
-        parts = key.split("/")
-        if not all(parts) or ".." in parts or "." in parts[-1] or not key.isprintable():
-            raise UserError(
-                f"key '{key}': no '.' in its last part, no '..', no empty part, printable"
-            )
-        if self.samples % self.shard_size == 0:
-            self.close()
-            path = self.folder / f"{self.stem}-{self.samples // self.shard_size:06d}.tar"
-            self.archive = tarfile.open(path, "x", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        assert self.archive is not None
-        for suffix in sorted(fields):
-            content = encode(suffix, fields[suffix])
-            member = tarfile.TarInfo(f"{key}.{suffix}")
-            member.size = len(content)
-            self.archive.addfile(member, io.BytesIO(content))
-        self.samples += 1
-
-    def close(self) -> None:
-        if self.archive is not None:
-            self.archive.close()
-            with open(str(self.archive.name), "rb") as file:
-                os.fsync(file.fileno())
-
-
-@contextmanager
-def _published(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block ends well, and is gone when it does not.
-
-    Of several processes that write the same `out` at once one wins; the content is the same.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already and is not an empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}-{secrets.token_hex(4)}.tmp"
-    folder.mkdir()
-    try:
-        yield folder
         try:
-            folder.rename(out)
-        except OSError:
-            if not (out / "index.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            for group in _groups(samples, limits):
+                path = folder / f"{name}-{group.split}-{group.number:06d}.tar"
+                waiting.append((group.split, pool.submit(shard.write, path, group.samples)))
+                while len(waiting) > workers:
+                    finish_one()
+            while waiting:
+                finish_one()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+        if not splits:
+            raise UserError(f"'{name}': no samples to write")
+        shard.remove_journals(folder, {one.shard.file for done in splits.values() for one in done})
+        facts = Facts(name, classes or [], vocabulary, source, licence)
+        suffixes = next(iter(splits.values()))[0].suffixes
+        shards = {split: [one.shard for one in done] for split, done in splits.items()}
+        return finish_index(folder, suffixes, shards, facts)
+
+
+@dataclass
+class _Group:
+    """The samples of one shard: shard `number` of its split."""
+
+    split: str
+    number: int = 0
+    samples: list[shard.Sample] = field(default_factory=list)
+    keys: set[str] = field(default_factory=set)
+    size: int = 0
+
+
+def _groups(samples: Iterable[Row], limits: tuple[int, int]) -> Iterator[_Group]:
+    """Samples shard by shard, each split in the order it comes in; where a shard ends depends on nothing else."""
+    most_samples, most_bytes = limits
+    open_groups: dict[str, _Group] = {}
+    suffixes: list[str] | None = None
+    for split, key, fields in samples:
+        if not SPLIT.fullmatch(split):
+            raise UserError(f"split '{split}' of sample '{key}': use letters, digits and '_'")
+        check_key(key)
+        own = sorted(fields)
+        suffixes = suffixes or own
+        if own != suffixes:
+            raise UserError(f"sample '{key}' has the fields {own}; every sample needs {suffixes}")
+        group = open_groups.setdefault(split, _Group(split))
+        sample = (key, [(suffix, shard.prepare(suffix, fields[suffix])) for suffix in own])
+        size = sum(tar.BLOCK + tar.padded(shard.size_of(value)) for _, value in sample[1])
+        if group.samples and (len(group.samples) >= most_samples or group.size + size > most_bytes):
+            yield group
+            group = open_groups[split] = _Group(split, group.number + 1)
+        if key in group.keys:
+            raise UserError(f"key '{key}' of split '{split}': appears twice")
+        group.keys.add(key)
+        group.samples.append(sample)
+        group.size += size
+    yield from open_groups.values()
+
+
+def check_key(key: str) -> None:
+    """UserError: `key` cannot be the name of a sample in a tar."""
+    parts = key.split("/")
+    if not all(parts) or ".." in parts or "." in parts[-1] or not key.isprintable():
+        raise UserError(f"key '{key}': no '.' in its last part, no '..', no empty part, printable")
+
+
+def _limits(shard_size: int | str) -> tuple[int, int]:
+    """(samples, bytes) that a shard may have."""
+    if isinstance(shard_size, int) and not isinstance(shard_size, bool) and shard_size > 0:
+        return shard_size, 1 << 62
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", str(shard_size))
+    if found and float(found[1]) > 0:
+        return 1 << 62, int(float(found[1]) * UNITS[found[2]])
+    raise UserError(f"shard_size {shard_size!r}: a size like 256MiB, or a number of samples")

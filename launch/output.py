@@ -68,6 +68,26 @@ def _flat(result: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]
 
 
 @contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on a terminal; gives the function that hears (samples more, of how many or None)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    count = TextColumn(f"{what} {{task.completed:,.0f}} samples")
+    with Progress(
+        count,
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda samples, total: bar.update(task, advance=samples, total=total)
+
+
+@contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
     """Whatever this process and its children write to stdout goes to stderr."""
     sys.stdout.flush()

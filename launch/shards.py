@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_train.launch.output import Json, Settings, answer, table
+from dist_train.launch.output import Json, Settings, answer, progress, table
 
 Folder = Annotated[Path, typer.Argument(help="A folder of tar shards.")]
 
@@ -25,29 +25,55 @@ def pack(
         str, typer.Argument(help="A source by name (see `list source`), or a folder.")
     ],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
+    shard_size: Annotated[
+        str, typer.Option(help="The size of a shard, or a number of samples.")
+    ] = "256MiB",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads that write; one a core if not given."),
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Pack a source into tar shards with their index."""
+    """Pack a source into tar shards with their index; after a kill the same command goes on."""
     from dist_train.data_shards.sources import pack as pack_source
     from dist_train.settings import read_assignments
 
     options = read_assignments(settings or [])
-    answer(as_json, lambda: _described(out, pack_source(source, out, **options)))
+    size = int(shard_size) if shard_size.isdecimal() else shard_size
+
+    def work() -> dict[str, Any]:
+        with progress("packed") as heard:
+            made = pack_source(
+                source, out, shard_size=size, workers=workers, progress=heard, **options
+            )
+        return _described(out, made)
+
+    answer(as_json, work)
 
 
 @shards.command()
-def index(path: Folder, as_json: Json = False) -> None:
-    """Index tars that came from elsewhere."""
-    from dist_train.data_shards.index import index_shards
+def index(
+    path: Folder,
+    on_damage: Annotated[
+        str, typer.Option(help="stop, or skip: leave out what is damaged, and count it.")
+    ] = "stop",
+    decode: Annotated[bool, typer.Option(help="Read every sample, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Index tars that came from elsewhere, or leave out of a set what is damaged."""
+    from dist_train.data_shards.indexing import index_shards
 
-    answer(as_json, lambda: _described(path, index_shards(path)))
+    answer(
+        as_json,
+        lambda: _described(path, index_shards(path, on_damage=on_damage, decode_all=decode)),
+    )
 
 
 @shards.command()
 def check(path: Folder, as_json: Json = False) -> None:
     """Digest every shard again and compare with the index."""
-    from dist_train.data_shards.index import check as check_shards
+    from dist_train.data_shards.indexing import check as check_shards
 
     result = answer(as_json, lambda: {"path": str(path), "differences": check_shards(path)})
     if result["differences"]:
@@ -74,5 +100,12 @@ def _described(path: Path, made: Any) -> dict[str, Any]:
         "shards": len(made.shards()),
         "bytes": sum(shard.bytes for shard in made.shards()),
         **made.describe(),
+        "licence": made.licence,
+        **({"left_out": [_lost(lost) for lost in made.left_out]} if made.left_out else {}),
         "fingerprint": made.fingerprint,
     }
+
+
+def _lost(lost: Any) -> str:
+    count = "an unknown number of" if lost.samples is None else str(lost.samples)
+    return f"{count} samples of {lost.file} ({lost.reason})"

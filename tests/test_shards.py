@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train.data_shards import index as index_module
+from dist_train.data_shards import indexing
 from dist_train.data_shards.decode import decode_npy, encode
-from dist_train.data_shards.index import Index, check, index_shards, split_of_file
+from dist_train.data_shards.index import Index
+from dist_train.data_shards.indexing import check, index_shards, split_of_file
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import locate, pack
 from dist_train.data_shards.sources.named.python_text import python_text
@@ -136,8 +137,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         write_shards(tmp_path / "x", "x", failing())
     with error("no samples"):
         write_shards(tmp_path / "x", "x", [])
-    with error("split 'tset'"):
-        write_shards(tmp_path / "x", "x", [("tset", "k", {"txt": "x"})])
+    with error("split 'te-st'"):
+        write_shards(tmp_path / "x", "x", [("te-st", "k", {"txt": "x"})])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -537,7 +538,7 @@ def test_locate(tmp_path: Path, monkeypatch) -> None:
     assert found == [tmp_path / "data" / "digits"] * 3
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["digits"]
     assert sum(map(Index.load(found[0]).samples, ("train", "validation", "test"))) == 1797
-    monkeypatch.setattr(index_module, "index_shards", None)  # a second use packs nothing
+    monkeypatch.setattr(indexing, "index_shards", None)  # a second use packs nothing
     assert locate("digits", tmp_path) == found[0]
     assert locate("data/digits", tmp_path) == found[0]
     monkeypatch.setenv("DIST_TRAIN_DATA", str(tmp_path / "elsewhere"))

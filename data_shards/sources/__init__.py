@@ -20,23 +20,30 @@ __all__ = ["NAMED", "Source", "locate", "pack"]
 
 
 def pack(
-    source: str | Path | Source, out: str | Path, *, shard_size: int = 1000, **options: Any
+    source: str | Path | Source,
+    out: str | Path,
+    *,
+    shard_size: int | str = "256MiB",
+    workers: int | None = None,
+    progress: Callable[[int, int | None], None] = lambda samples, total: None,
+    **options: Any,
 ) -> Index:
-    """Write a source into the new folder `out`.
+    """Write a source into the new folder `out` (see `write_shards`); `progress` hears (samples written, all or None).
 
     `source` is a name, a path (pictures in folders named after their class, or text), or a Source of one's own.
     """
-    if not isinstance(source, Source):
-        source = _source(source, options)
+    made = source if isinstance(source, Source) else _source(source, options)
     return write_shards(
         out,
-        source.name,
-        source.samples,
+        made.name,
+        made.samples,
         shard_size=shard_size,
-        classes=source.classes,
-        vocabulary=source.vocabulary,
-        source=source.source,
-        licence=source.licence,
+        classes=made.classes,
+        vocabulary=made.vocabulary,
+        source=made.source,
+        licence=made.licence,
+        workers=workers,
+        progress=lambda samples: progress(samples, made.total),
     )
 
 

@@ -31,7 +31,9 @@ def image_folder(path: str | Path) -> Source:
     def samples() -> Iterator[Row]:
         for file, split, inner in places:
             key = key_of(inner)
-            fields = {suffix: file.read_bytes(), "cls": classes.index(inner.parts[0])}
+            fields = {suffix: file, "cls": classes.index(inner.parts[0])}
             yield split or split_of(key), key, fields
 
-    return Source(name_of(root), samples(), str(root), "as given by its owner", classes)
+    return Source(
+        name_of(root), samples(), str(root), "as given by its owner", classes, total=len(places)
+    )

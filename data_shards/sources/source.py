@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.data_shards.index import SPLITS
+from dist_train.data_shards.indexing import SPLITS
 from dist_train.data_shards.write import FRACTIONS, Row, split_of
 from dist_train.errors import UserError
 
 
 @dataclass
 class Source:
-    """Samples, and what the index says about them."""
+    """Samples, and what the index says about them; `total` is their number where that is known before."""
 
     name: str
     samples: Iterable[Row]
@@ -23,6 +23,7 @@ class Source:
     licence: str
     classes: list[str] | None = None
     vocabulary: int | None = None
+    total: int | None = None
 
 
 def labelled(

@@ -61,6 +61,7 @@ def _emoji(style: str, alpha: bool) -> Source:
         f"npm package {package} {VERSION}",
         LICENCES[style],
         classes,
+        total=sum(1 + len(one.get("skin_variations", {})) for one in emoji),
     )
 
 

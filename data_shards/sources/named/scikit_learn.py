@@ -22,6 +22,7 @@ def digits() -> Source:
         "sklearn.datasets.load_digits: the test set of UCI's Optical Recognition of Handwritten Digits",
         "CC BY 4.0",
         [str(digit) for digit in range(10)],
+        total=len(labels),
     )
 
 
