@@ -1,50 +1,164 @@
-"""`accelerate launch`: it says by environment variables what a recipe says too, and the two must agree.
+"""`accelerate launch`: what its configuration says, by environment variables, is taken into the recipe.
 
 The only file that knows accelerate. Its Accelerator is not used: its launcher starts our ranks as torchrun does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_train.errors import UserError
+from dist_train.settings import short
 
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe
 
-
-def check_accelerate_environment(recipe: Recipe, environ: Mapping[str, str]) -> None:
-    """Raise UserError where accelerate was told something else than the recipe.
-
-    accelerate exports ACCELERATE_MIXED_PRECISION=no and ACCELERATE_DYNAMO_BACKEND=NO when nothing was asked: unset.
-    """
-    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", recipe.precision):
-        raise _differ("ACCELERATE_MIXED_PRECISION", precision, "precision", recipe.precision)
-    dynamo = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if dynamo.lower() != "no":
-        raise _differ(
-            "ACCELERATE_DYNAMO_BACKEND", dynamo, "compile", "nothing: networks run as they are"
-        )
-    if _true(environ.get("ACCELERATE_USE_FSDP")):
-        raise _differ("ACCELERATE_USE_FSDP", "true", "strategy", _strategies(recipe))
-    if _true(environ.get("ACCELERATE_USE_DEEPSPEED")):
-        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-        asked = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}.get(stage)
-        if asked is not None and any(one["name"] != asked for one in recipe.strategies.values()):
-            raise _differ("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage, "strategy", _strategies(recipe))
+STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
+UNSAID = ("", "no", "none", "auto", "false")
+"""What accelerate exports where nothing was asked."""
 
 
-def _differ(variable: str, value: str, key: str, setting: str) -> UserError:
+class Asked(NamedTuple):
+    """A setting of the recipe that accelerate was told, and the words it was told in."""
+
+    key: str
+    value: Any
+    words: str
+
+
+def adopt(recipe: Recipe, environ: Mapping[str, str]) -> Recipe:
+    """The recipe with what it leaves open filled in from accelerate; UserError where the two say different things."""
+    _refuse(environ)
+    given = recipe.model_fields_set
+    for key, value, words in _asked(environ):
+        if key == "strategy":
+            recipe = _adopt_strategy(recipe, value, words, key in given)
+        elif key == "clipping":
+            recipe = _adopt_clipping(recipe, value, words)
+        elif key == "accumulation":
+            _check_accumulation(recipe, value, words, int(environ.get("WORLD_SIZE", "1")))
+        elif key in given:
+            if getattr(recipe, key) != value:
+                raise _differ(key, getattr(recipe, key), words)
+        else:
+            recipe = _with(recipe, key, value, words)
+    return recipe
+
+
+def _asked(environ: Mapping[str, str]) -> Iterator[Asked]:
+    """What accelerate was asked for, in the recipe's words."""
+
+    def said(name: str) -> tuple[str, str] | None:
+        value = environ.get(name, "")
+        return None if value.lower() in UNSAID else (value.lower(), f"{name}={value}")
+
+    if precision := said("ACCELERATE_MIXED_PRECISION"):
+        yield Asked("precision", *precision)
+    if said("ACCELERATE_USE_DEEPSPEED") is None:
+        return
+    if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").replace("none", ""):
+        yield from _from_deepspeed(Path(file))
+        return
+    if stage := said("ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        strategy = {"name": STAGES.get(stage[0], f"stage {stage[0]}")}
+        words = stage[1]
+        for what in ("OPTIMIZER", "PARAM"):
+            if device := said(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"):
+                strategy["offload"] = _offload(what.lower(), *device)
+                words += f", {device[1]}"
+        yield Asked("strategy", strategy, words)
+    if clipping := said("ACCELERATE_GRADIENT_CLIPPING"):
+        yield Asked("clipping", float(clipping[0]), clipping[1])
+    if steps := said("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        yield Asked("accumulation", int(steps[0]), steps[1])
+
+
+def _from_deepspeed(file: Path) -> Iterator[Asked]:
+    """The same out of a DeepSpeed configuration file; what the recipe has no word for goes to `strategy.deepspeed`."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as DeepSpeed's JSON: {error}") from None
+    settings = _without_auto(settings)
+    for name in ("fp16", "bf16"):
+        if settings.pop(name, {}).get("enabled"):
+            yield Asked("precision", name, f"{file}: {name}.enabled")
+    zero = settings.pop("zero_optimization", {})
+    strategy: dict[str, Any] = {"name": STAGES[str(zero.pop("stage", 0))]}
+    for what in ("optimizer", "param"):
+        if device := zero.pop(f"offload_{what}", {}).get("device", "none").replace("none", ""):
+            strategy["offload"] = _offload(what, device, f"{file}: offload_{what}")
+    if clipping := settings.pop("gradient_clipping", 0):
+        yield Asked("clipping", float(clipping), f"{file}: gradient_clipping: {clipping}")
+    if steps := settings.pop("gradient_accumulation_steps", 0):
+        yield Asked("accumulation", steps, f"{file}: gradient_accumulation_steps: {steps}")
+    rest = settings | ({"zero_optimization": zero} if zero else {})
+    if rest:
+        strategy["deepspeed"] = rest
+    yield Asked("strategy", strategy, str(file))
+
+
+def _without_auto(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _without_auto(value) for key, value in settings.items() if value != "auto"}
+
+
+def _offload(what: str, device: str, words: str) -> str:
+    if device != "cpu":
+        raise UserError(f"accelerate says {words}: expected cpu or none")
+    return {"optimizer": "optimizer", "param": "all"}[what]
+
+
+def _adopt_strategy(recipe: Recipe, asked: dict[str, Any], words: str, given: bool) -> Recipe:
+    if not given:
+        return _with(recipe, "strategy", asked, words)
+    for player, strategy in recipe.strategies.items():
+        if any(strategy.get(key) != value for key, value in asked.items()):
+            raise _differ("strategy", strategy, words, f" for '{player}'")
+    return recipe
+
+
+def _adopt_clipping(recipe: Recipe, norm: float, words: str) -> Recipe:
+    specs = [spec for spec in recipe.callback_specs.values() if spec["name"] == "clip_gradients"]
+    for spec in specs:
+        if spec.get("norm") != norm:
+            raise _differ("callbacks.clip_gradients", spec, words)
+    return recipe if specs else _with(recipe, "callbacks.clip_gradients", {"norm": norm}, words)
+
+
+def _check_accumulation(recipe: Recipe, steps: int, words: str, ranks: int) -> None:
+    """A recipe gives the global batch, so accumulation follows; 1 is also what accelerate says when asked nothing."""
+    ours = recipe.data.global_batch // recipe.data.micro_batch // ranks
+    if steps not in (1, ours):
+        raise _differ("data", f"{ours} micro-batches a rank and step", words)
+
+
+def _with(recipe: Recipe, key: str, value: Any, words: str) -> Recipe:
+    try:
+        return recipe.set(key, value)
+    except UserError as error:
+        raise UserError(f"accelerate says {words}: {error}") from None
+
+
+def _refuse(environ: Mapping[str, str]) -> None:
+    """What accelerate can be asked for and a recipe has no word for."""
+    for name, what in (
+        ("ACCELERATE_DYNAMO_BACKEND", "networks run as they are"),
+        ("ACCELERATE_USE_FSDP", "strategies are single, ddp, zero1, zero2 and zero3"),
+        ("ACCELERATE_USE_MEGATRON_LM", "strategies are single, ddp, zero1, zero2 and zero3"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "strategies are single, ddp, zero1, zero2 and zero3"),
+    ):
+        if environ.get(name, "").lower() not in UNSAID:
+            raise UserError(
+                f"accelerate says {name}={environ[name]}, which a recipe cannot: {what}"
+            )
+
+
+def _differ(key: str, ours: Any, words: str, of: str = "") -> UserError:
     return UserError(
-        f"{key}: the recipe says {setting}, but accelerate launch says {variable}={value}; expected them to agree"
+        f"{key}: the recipe says {short(ours)}{of}, accelerate says {words}; expected them to agree"
     )
-
-
-def _strategies(recipe: Recipe) -> str:
-    return ", ".join(sorted({one["name"] for one in recipe.strategies.values()}))
-
-
-def _true(value: str | None) -> bool:
-    return value is not None and value.lower() in ("1", "true", "yes", "y", "on", "t")

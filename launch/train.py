@@ -60,10 +60,10 @@ def train(
 
     Under torchrun, accelerate launch or deepspeed each process joins as the rank that it was given.
     """
-    from dist_train.launch.accelerate import check_accelerate_environment
+    from dist_train.launch.accelerate import adopt
     from dist_train.recipe import Recipe
 
-    resolved = Recipe.load(recipe, settings or ())
+    resolved = adopt(Recipe.load(recipe, settings or ()), os.environ)
     if print_recipe:
         answer(as_json, resolved.as_dict, show=lambda _: typer.echo(resolved.to_yaml(), nl=False))
         return
@@ -76,7 +76,6 @@ def train(
             f"--ranks {ranks}: this process is one of the {os.environ['WORLD_SIZE']} ranks of a launcher "
             "(WORLD_SIZE is set), expected one of the two"
         )
-    check_accelerate_environment(resolved, os.environ)
 
     from dist_train import run
 

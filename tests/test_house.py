@@ -261,7 +261,7 @@ def test_the_wheel_is_complete(wheel):
     }
     for room, suffixes in {
         "recipes": (".yaml",),
-        "launch": (".jinja",),
+        "launch": (".jinja", ".yaml"),
         "dist_train": (".jinja", ".html"),
     }.items():
         for folder, _, files in os.walk(ROOT / room):
