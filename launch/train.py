@@ -78,6 +78,10 @@ def train(
         )
 
     from dist_train import run
+    from dist_train.parent import die_with_parent
+
+    if "WORLD_SIZE" in os.environ:
+        die_with_parent()  # a launcher that is killed (torchrun, a Ray worker) leaves its ranks running
 
     answer(
         as_json,
