@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
-import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dist_train.data_shards import decode, tar
-from dist_train.data_shards.index import Index, sidecar
+from dist_train.data_shards.index import Index
+from dist_train.data_shards.storage import Folder, Storage
 from dist_train.errors import UserError, nearest
+
+Mapped = tuple[memoryview, memoryview]
+"""(bytes of a shard, its table of offsets, flat)"""
 
 
 class Shards:
     """One split of a folder of shards; sample i is the i-th in the order of files and members."""
 
-    def __init__(self, folder: str | Path, split: str, index: Index | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        index: Index | None = None,
+        storage: Storage | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.split = split
+        self.storage: Storage = storage or Folder(self.folder)
         self.index = index or Index.load(self.folder)
         self.shards = self.index.split(split)
         self.fields = {
             spec.name: (k, suffix) for k, (suffix, spec) in enumerate(self.index.fields.items())
         }
-        self._stops = list(itertools.accumulate(shard.samples for shard in self.shards))
-        self._places = [(name, 2 * place) for name, (place, _) in self.fields.items()]
-        self._open: list[tuple[memoryview, memoryview, int] | None] = [None] * len(self.shards)
+        self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
+        self._stops = np.cumsum(self.sizes)
+        self._width = 2 * len(self.fields)
+        self._open: dict[int, Mapped] = {}
+        self._checked = bytearray(len(self.shards))
 
     def __len__(self) -> int:
-        return self._stops[-1]
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many samples each shard has."""
-        return [shard.samples for shard in self.shards]
+        return int(self._stops[-1])
 
     @property
     def tokens(self) -> int | None:
@@ -45,70 +52,89 @@ class Shards:
         return self.index.tokens.get(self.split)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Shards, (self.folder, self.split, self.index)
+        return Shards, (self.folder, self.split, self.index, self.storage)
 
     def raw(self, i: int) -> dict[str, memoryview]:
         """The bytes of each field of sample `i`, not copied."""
-        data, table, row = self._locate(i)
+        ((data, table, row),) = self._locate(np.array([i]))
         return {
-            name: data[table[row + place] : table[row + place] + table[row + place + 1]]
-            for name, place in self._places
+            name: data[table[row + 2 * k] : table[row + 2 * k] + table[row + 2 * k + 1]]
+            for name, (k, _) in self.fields.items()
         }
 
     def value(self, i: int, name: str) -> Any:
         """One field of sample `i`, decoded; a kind that is not in the allow-list comes as bytes."""
-        if name not in self.fields:
-            known = ", ".join(self.fields)
-            raise UserError(
-                f"{self.folder}: no field '{name}'{nearest(name, self.fields)} (there are {known})"
-            )
-        place, suffix = self.fields[name]
-        data, table, row = self._locate(i)
-        start = table[row + 2 * place]
-        return self._decode(i, name, suffix, data[start : start + table[row + 2 * place + 1]])
+        (view,) = self.views(name, np.array([i]))
+        return self._decode(i, name, view)
 
     def sample(self, i: int, fields: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Sample `i`, decoded: all fields but those of unknown kind, which come as bytes when `fields` names them."""
         if fields is not None:
             return {name: self.value(i, name) for name in fields}
         return {
-            name: self._decode(i, name, self.fields[name][1], view)
+            name: self._decode(i, name, view)
             for name, view in self.raw(i).items()
             if self.index.fields[self.fields[name][1]].kind != "bytes"
         }
 
+    def views(self, name: str, ids: np.ndarray) -> list[memoryview]:
+        """The bytes of one field of many samples, not copied."""
+        if name not in self.fields:
+            known = ", ".join(self.fields)
+            raise UserError(
+                f"{self.storage.name}: no field '{name}'{nearest(name, self.fields)} (there are {known})"
+            )
+        place = 2 * self.fields[name][0]
+        views = []
+        for data, table, row in self._locate(ids):
+            start = table[row + place]
+            views.append(data[start : start + table[row + place + 1]])
+        return views
+
     def column(self, name: str, ids: np.ndarray) -> Any:
         """One field of many samples: an array (len(ids), ...) where `.npy` headers agree, else a list."""
-        suffix = self.fields[name][1]
-        if suffix.rpartition(".")[2] == "npy":
-            views = [self.raw(i)[name] for i in ids.tolist()]
-            size = len(views[0])
-            if all(len(view) == size for view in views):
-                block = np.frombuffer(bytearray().join(views), np.uint8).reshape(len(views), size)
-                first = self._decode(int(ids[0]), name, suffix, views[0])
-                start = size - first.nbytes
-                if first.flags.c_contiguous and (block[:, :start] == block[0, :start]).all():
-                    elements = np.ascontiguousarray(block[:, start:]).view(first.dtype)
-                    return elements.reshape(len(views), *first.shape)
-        return [self.value(i, name) for i in ids.tolist()]
+        views = self.views(name, ids)
+        if self.fields[name][1].rpartition(".")[2] == "npy":
+            stacked = self._stacked(int(ids[0]), name, views)
+            if stacked is not None:
+                return stacked
+        return [self._decode(i, name, view) for i, view in zip(ids.tolist(), views, strict=True)]
+
+    def _stacked(self, i: int, name: str, views: list[memoryview]) -> np.ndarray | None:
+        """`.npy` files with one header as one array, each copied once; None where headers differ."""
+        first = self._decode(i, name, views[0])
+        size = first.nbytes
+        start = len(views[0]) - size
+        header = bytes(views[0][:start])
+        if not first.flags.c_contiguous or size == 0:
+            return None
+        stacked = np.empty((len(views), *first.shape), first.dtype)
+        target, at = memoryview(stacked.reshape(-1).view(np.uint8)), 0
+        for view in views:
+            if len(view) != start + size or view[:start].tobytes() != header:
+                return None
+            target[at : at + size] = view[start:]
+            at += size
+        return stacked
 
     def key(self, i: int) -> str:
         """The key of sample `i`, read from its tar header."""
-        _, table, row = self._locate(i)
-        width = 2 * len(self._places)
+        ((_, table, row),) = self._locate(np.array([i]))
         offset = table[row]
-        near = range(max(0, row - width), row + width, 2)
+        near = range(max(0, row - self._width), row + self._width, 2)
         ends = [-(-(table[at] + table[at + 1]) // tar.BLOCK) * tar.BLOCK for at in near]
-        return tar.key_at(self._path(i), max([0, *(end for end in ends if end <= offset)]), offset)
+        start = max([0, *(end for end in ends if end <= offset)])
+        return tar.key_at(self.storage.tar(self._shard(i)), start, offset)
 
     def where(self, i: int) -> str:
         """Shard and key of sample `i`, for messages."""
-        return f"{self._path(i)}: sample '{self.key(i)}'"
+        return f"{self.storage.name}/{self._shard(i).file}: sample '{self.key(i)}'"
 
-    def _path(self, i: int) -> Path:
-        return self.folder / self.shards[bisect.bisect_right(self._stops, i)].file
+    def _shard(self, i: int) -> Any:
+        return self.shards[int(np.searchsorted(self._stops, i, "right"))]
 
-    def _decode(self, i: int, name: str, suffix: str, view: memoryview) -> Any:
+    def _decode(self, i: int, name: str, view: memoryview) -> Any:
+        suffix = self.fields[name][1]
         kind = suffix.rpartition(".")[2]
         try:
             if kind in decode.PICTURES:
@@ -122,29 +148,43 @@ class Shards:
                 f"{self.where(i)}, field '{name}': cannot be decoded: {error}"
             ) from error
 
-    def _locate(self, i: int) -> tuple[memoryview, memoryview, int]:
-        """(bytes of the shard, its flat table of offsets, place of sample `i` in that table)."""
-        if not 0 <= i < self._stops[-1]:
-            raise IndexError(f"sample {i} of {len(self)}")
-        number = bisect.bisect_right(self._stops, i)
-        data, table, width = self._open[number] or self._map(number)
-        return data, table, (i - self._stops[number] + self.shards[number].samples) * width
+    def _locate(self, ids: np.ndarray) -> Iterator[tuple[memoryview, memoryview, int]]:
+        """For each of `ids`: (bytes of its shard, the shard's flat table, where the sample begins in that table)."""
+        numbers = np.searchsorted(self._stops, ids, "right")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
+            raise IndexError(f"sample {ids.min()} or {ids.max()} of {len(self)}")
+        rows = (ids - self._stops[numbers] + self.sizes[numbers]) * self._width
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            data, table = self._open.get(number) or self._map(number)
+            yield data, table, row
 
-    def _map(self, number: int) -> tuple[memoryview, memoryview, int]:
+    def _map(self, number: int) -> Mapped:
+        """Map a shard and its table; both stay mapped until `most_open` others have been."""
         shard = self.shards[number]
-        path, offsets = self.folder / shard.file, sidecar(self.folder / shard.file)
-        width = 2 * len(self.fields)
+        path, offsets = self.storage.tar(shard), self.storage.table(shard)
+        data, file = _mapped(path, shard.bytes), _mapped(offsets)
         try:
-            with path.open("rb") as file:
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            table = np.load(offsets, mmap_mode="r", allow_pickle=False)
-            digest = hashlib.sha256(offsets.read_bytes()).hexdigest()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be opened: {error}") from error
-        if len(data) != shard.bytes:
-            raise UserError(f"{path}: has {len(data)} bytes, {shard.bytes} when it was indexed")
-        if digest != shard.offsets_sha256 or table.shape != (shard.samples, width // 2, 2):
+            table = decode.decode_npy(file)
+        except ValueError:
+            table = np.empty(0)
+        good = self._checked[number] or hashlib.sha256(file).hexdigest() == shard.offsets_sha256
+        if not good or table.shape != (shard.samples, self._width // 2, 2):
             raise UserError(f"{offsets}: not the table that index.json names")
-        opened = (data, memoryview(table.reshape(-1)), width)
-        self._open[number] = opened
-        return opened
+        self._checked[number] = True
+        if len(self._open) >= self.storage.most_open:
+            del self._open[next(iter(self._open))]
+        self._open[number] = data, memoryview(table.reshape(-1))
+        return self._open[number]
+
+
+def _mapped(path: Path, size: int | None = None) -> memoryview:
+    """The bytes of a file, mapped read-only. torch does not keep the file open, as Python's mmap would."""
+    try:
+        found = path.stat().st_size
+        if size not in (None, found):
+            raise UserError(f"{path}: has {found} bytes, {size} when it was indexed")
+        array = torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8).numpy()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be opened: {error}") from error
+    array.flags.writeable = False
+    return memoryview(array)
