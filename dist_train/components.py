@@ -48,10 +48,13 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "linear": "dist_train.schedules:linear",
         "cosine": "dist_train.schedules:cosine",
         "inverse_sqrt": "dist_train.schedules:inverse_sqrt",
+        "one_cycle": "dist_train.schedules:one_cycle",
+        "plateau": "dist_train.schedules:plateau",
     },
     "callback": {
         "clip_gradients": "dist_train.callbacks.clip_gradients:ClipGradients",
         "learning_rate_decay": "dist_train.callbacks.learning_rate_decay:LearningRateDecay",
+        "schedule": "dist_train.callbacks.schedule:Schedule",
         "ema": "dist_train.callbacks.ema:ExponentialMovingAverage",
         "early_stopping": "dist_train.callbacks.early_stopping:EarlyStopping",
         "checkpoint": "dist_train.callbacks.checkpoint:CheckpointCallback",

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the global step that multiply a learning rate or another scalar.
+"""Schedules: pure functions of the global step that multiply a learning rate or another scalar (law 4).
 
 A schedule is `factor(step, total, warmup, ...)`: `step` counts from 0, `total` is the length of the
 run, and the decay starts where the warm-up of `warmup` steps ends. `build` binds the recipe's
@@ -6,19 +6,26 @@ arguments and puts the warm-up in front:
 
     value(step) = ramp(step, warmup) * factor(step, total, warmup, ...)
 
-A function of the user's own may take any of the three by these names.
+A function of the user's own may take any of the three by these names. `plateau` alone takes `cuts`, which its callback
+counts and checkpoints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from dist_train.components import arguments, check
 from dist_train.errors import UserError
 
-Schedule = Callable[[int], float]
+PATIENCE = 3
+
+
+class Schedule(Protocol):
+    """The multiplier at a step; `cuts` is how often a plateau was found so far."""
+
+    def __call__(self, step: int, cuts: int = 0) -> float: ...
 
 
 def build(
@@ -34,12 +41,12 @@ def build(
             f"{where}: warmup must be between 0 and the {total_steps} steps of the run,"
             f" got {warmup_steps}"
         )
-    clock = ("step", "total", "warmup")
+    clock = ("step", "total", "warmup", "cuts")
     factor = check("schedule", {"name": name, **given}, where, provided=clock)
     taken = set(arguments(factor)) & set(clock)
 
-    def value(step: int) -> float:
-        now = {"step": step, "total": total_steps, "warmup": warmup_steps}
+    def value(step: int, cuts: int = 0) -> float:
+        now = {"step": step, "total": total_steps, "warmup": warmup_steps, "cuts": cuts}
         bound = {key: now[key] for key in taken}
         return ramp(step, warmup_steps) * factor(**bound, **given)
 
@@ -109,6 +116,28 @@ def inverse_sqrt(step: int, total: int, warmup: int = 0, timescale: int | None =
     """
     scale = positive("timescale", max(1, warmup) if timescale is None else timescale)
     return math.sqrt(scale / (scale + max(0, step - warmup)))
+
+
+def one_cycle(
+    step: int, total: int, rise: float = 0.3, start: float = 0.04, end: float = 4e-6
+) -> float:
+    """Rise along half a cosine from `start` to 1 in the share `rise` of the run, then fall so to `end`.
+
+    Smith and Topin 2017, arXiv:1708.07120. It holds its own warm-up.
+    """
+    if not 0 < rise < 1:
+        raise UserError(f"rise must be between 0 and 1, got {rise}")
+    share = min(1.0, step / max(1, total))
+    if share < rise:
+        return start + (1.0 - start) * (1.0 - math.cos(math.pi * share / rise)) / 2.0
+    return end + (1.0 - end) * (1.0 + math.cos(math.pi * (share - rise) / (1.0 - rise))) / 2.0
+
+
+def plateau(cuts: int, factor: float = 0.1, patience: int = PATIENCE, end: float = 0.0) -> float:
+    """Multiply by `factor` whenever `patience` evaluations have brought no new best, not below `end`."""
+    if patience < 1:
+        raise UserError(f"patience must be 1 evaluation or more, got {patience}")
+    return max(end, positive("factor", factor) ** cuts)
 
 
 def positive(name: str, value: float) -> float:

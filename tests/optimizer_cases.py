@@ -63,7 +63,10 @@ def engine_with(world: World, optimizer: str, strategy: str) -> Engine:
 
 
 def turns(engine: Engine, first: int, last: int) -> None:
-    for x, y in batches(4)[first:last]:
+    for index, (x, y) in enumerate(batches(4)[first:last], first):
+        engine.set_learning_rate(0.02 * (1 - 0.1 * index))
+        engine.scale_setting("momentum", 1 - 0.2 * index)
+        engine.scale_setting("l1", 1 + index)
         accumulate(engine, x, y)
         engine.clip(norm=0.5)
         engine.step()

@@ -27,6 +27,13 @@ QUARTERS = (0, 25, 50, 75, 100)
         ("linear", {"end": 2.0}, [1, 1.25, 1.5, 1.75, 2]),
         ("cosine", {}, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0]),
         ("cosine", {"end": 0.1}, [1, 0.55 + 0.9 * math.sqrt(0.125), 0.55, None, 0.1]),
+        ("one_cycle", {"rise": 0.5}, [0.04, 0.52, 1, 0.5 + 2e-6, 4e-6]),
+        (
+            "one_cycle",
+            {"rise": 0.25, "start": 0.2, "end": 0.1},
+            [0.2, 1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.25, 0.1],
+        ),
+        ("plateau", {}, [1, 1, 1, 1, 1]),
         ("inverse_sqrt", {"timescale": 25}, [1, math.sqrt(1 / 2), math.sqrt(1 / 3), 0.5, None]),
     ],
 )
@@ -74,6 +81,12 @@ def test_a_schedule_is_a_pure_function(name: str, arguments: dict[str, object]) 
     assert [backward(step) for step in reversed(range(101))] == straight[::-1]
 
 
+def test_plateau_cuts_by_its_factor_down_to_its_end() -> None:
+    schedule = schedules.build("plateau", 100, 3, factor=0.5, end=0.2)
+    assert [schedule(50, cuts) for cuts in range(4)] == [1.0, 0.5, 0.25, 0.2]
+    assert schedule(0, 1) == 0.125  # the warm-up holds all the same
+
+
 def test_decay_runs_from_the_end_of_the_warm_up() -> None:
     assert schedules.build("cosine", 120, 20)(70) == pytest.approx(0.5)
     assert schedules.build("linear", 120, 20)(95) == pytest.approx(0.25)
@@ -109,6 +122,10 @@ def test_nothing_after_the_end_and_no_division_by_zero() -> None:
         ("exponential", {"gamma": 0.9, "end": 0.1}, "either gamma"),
         ("exponential", {"end": 0}, "end must be more than 0"),
         ("inverse_sqrt", {"timescale": -1}, "timescale must be more than 0"),
+        ("one_cycle", {"rise": 1}, "rise must be between 0 and 1, got 1"),
+        ("plateau", {"patience": 0}, "patience must be 1"),
+        ("plateau", {"factor": 0}, "factor must be more than 0"),
+        ("plateau", {"cuts": 1}, "no argument 'cuts'"),
         ("linear", {"end": "low"}, "linear"),
     ],
 )

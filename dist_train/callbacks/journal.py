@@ -49,6 +49,7 @@ class Journal(Callback):
                 run.named(player, "learning_rate"): engine.param_groups[0]["lr"]
                 for player, engine in run.engines.items()
             },
+            **run.scalars,
             "samples_per_second": round(rate * run.global_batch, 3),
             **self._tokens(run, rate),
             "data_wait": round(min(1.0, run.data_wait / elapsed), 4),

@@ -131,6 +131,20 @@ class Engine(ABC):
         for group in self.param_groups:
             group["lr"] = value * group.get("scale", 1.0)
 
+    def scale_setting(self, name: str, factor: float) -> float:
+        """Set `momentum` (Adam's first beta), `weight_decay` or `l1` of every parameter group to `factor` times what it
+        was built with; returns the largest."""
+        values = []
+        for group in self.param_groups:
+            if name == "momentum" and "betas" in group:
+                built = group.setdefault("built_momentum", group["betas"][0])
+                group["betas"] = (built * factor, group["betas"][1])
+            else:
+                built = group.setdefault(f"built_{name}", group.get(name, 0.0))
+                group[name] = built * factor
+            values.append(built * factor)
+        return max(values)
+
     @torch.no_grad()
     def project(self, function: Callable[[Tensor], None]) -> None:
         """Apply an elementwise in-place function to the weights, each rank on its own slices (WGAN's clipping)."""
