@@ -240,6 +240,13 @@ class Trainer:
         return self.step >= self.until or bool(self.stopping)
 
     @property
+    def evaluation_counts(self) -> bool:
+        """Whether an unbroken run evaluates at this step too. The evaluation with which an interrupted part ends must
+        change nothing: neither the best, nor what counts evaluations."""
+        section = self.recipe.evaluate
+        return section is not None and (self.every(section.every) or self.step >= self.total_steps)
+
+    @property
     def epoch(self) -> float:
         return self.step * self.global_batch / self.samples_per_epoch
 

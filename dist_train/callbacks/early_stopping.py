@@ -37,6 +37,8 @@ class EarlyStopping(Callback):
             )
 
     def evaluated(self, run: Trainer, results: dict[str, float]) -> None:
+        if not run.evaluation_counts:
+            return
         self.checks = 0 if run.best.get("step") == run.step else self.checks + 1
         if self.checks < self.patience or run.step >= run.total_steps:
             return

@@ -28,7 +28,7 @@ class Evaluate(Callback):
                 run.record(f"evaluate/{name}", value)
 
     def evaluated(self, run: Trainer, results: dict[str, float]) -> None:
-        if self.best is None or math.isnan(results[self.best]):
+        if self.best is None or not run.evaluation_counts or math.isnan(results[self.best]):
             return
         value = results[self.best]
         before = run.best.get("value")

@@ -61,7 +61,7 @@ class Scheduled(Callback, ABC):
         self._apply(run, self.factor(run.step, self.cuts))
 
     def evaluated(self, run: Trainer, results: dict[str, float]) -> None:
-        if not self.watches:
+        if not (self.watches and run.evaluation_counts):
             return
         section = run.recipe.evaluate
         assert section is not None and section.best is not None
