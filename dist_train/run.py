@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,13 @@ from dist_train.metrics import Metric
 from dist_train.networks import Player
 from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
-from dist_train.ranks import RankFailed, start_ranks
 from dist_train.precision import check_device, set_numerics
+from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.run_directory import RUNS, RunDirectory, environment
 from dist_train.trainer import Trainer
-from dist_train.world import World, pin_threads
+from dist_train.world import COLLECTIVE_TIMEOUT, World, pin_threads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -140,7 +141,7 @@ def _train_rank(
 
 def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str, Any]:
     recipe.importable()
-    world = World.join(group=needs_group(recipe))
+    world = World.join(group=needs_group(recipe), timeout=_collective_timeout(recipe))
     threads = pin_threads(recipe.threads, world.local_size)
     directory = _directory(recipe, world, options)
     resume = options.resume
@@ -178,6 +179,13 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
     finally:
         directory.unlock()
         directory.close()
+
+
+def _collective_timeout(recipe: Recipe) -> timedelta:
+    """What DIST_TRAIN_TIMEOUT says, else long enough that the watchers find a hang first."""
+    if "DIST_TRAIN_TIMEOUT" in os.environ:
+        return COLLECTIVE_TIMEOUT
+    return timedelta(seconds=2 * recipe.watch.hang_after)
 
 
 def _watched(trainer: Trainer) -> AbstractContextManager[None]:

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from dist_train.rendezvous import meet
+
 COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_TRAIN_TIMEOUT", "600")))
 """How long a rank waits in a collective for the others before it fails. Never torch's 30 minutes."""
+START_TIMEOUT = timedelta(minutes=5)
+"""How long the ranks wait for each other at the start."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,17 @@ class World:
         return self.rank == 0
 
     @classmethod
-    def join(cls, environ: Mapping[str, str] = os.environ, *, group: bool = False) -> World:
+    def join(
+        cls,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        group: bool = False,
+        timeout: timedelta | None = None,
+    ) -> World:
         """Take the place that the launcher (torchrun, accelerate, deepspeed, ours) gave in RANK, WORLD_SIZE, ....
 
         Without those variables this process is the whole world. `group` asks for a process group even then (DeepSpeed
-        cannot do without one).
+        cannot do without one). A collective fails after `timeout`, by default COLLECTIVE_TIMEOUT.
         """
         import torch
         import torch.distributed as dist
@@ -48,23 +58,21 @@ class World:
             torch.cuda.set_device(device)
         else:
             device = "cpu"
+        timeout = timeout or COLLECTIVE_TIMEOUT
         if (size > 1 or group) and not dist.is_initialized():
-            rendezvous = environ.get("DIST_TRAIN_RENDEZVOUS")
-            store: dist.Store | None = None  # None: by MASTER_ADDR and MASTER_PORT
-            if rendezvous:
-                store = dist.FileStore(rendezvous, size)
-            elif size == 1:
-                store = dist.HashStore()
-            if device == "cpu" and (rendezvous or environ.get("MASTER_ADDR") in LOOPBACK):
+            alone = "DIST_TRAIN_RENDEZVOUS" in environ or environ.get("MASTER_ADDR", "").startswith(
+                LOOPBACK
+            )
+            if device == "cpu" and alone:
                 os.environ.setdefault(
                     "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
                 )
             dist.init_process_group(
                 "nccl" if device.startswith("cuda") else "gloo",
-                store=store,
-                rank=rank if store is not None else -1,
-                world_size=size if store is not None else -1,
-                timeout=COLLECTIVE_TIMEOUT,
+                store=meet(environ, rank, size, min(timeout, START_TIMEOUT)),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
             )
         return cls(rank, size, local_rank, local_size, device)
 
@@ -124,7 +132,7 @@ class World:
             self.sum_(torch.zeros(1, device=self.device))
 
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.", "localhost", "::1")
 
 
 def threads_a_rank(setting: str | int, local_size: int) -> int:

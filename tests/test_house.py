@@ -112,6 +112,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "faults",
         "watch",
         "heartbeat",
+        "rendezvous",
         "settings",
         "parent",
         "fork_server",

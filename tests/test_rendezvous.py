@@ -1,0 +1,74 @@
+"""Ranks that do not come together say where, and who is missing, within the limit."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from dist_train.rendezvous import RendezvousError, meet
+
+LIMIT = timedelta(seconds=1)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def at(port: int) -> dict[str, str]:
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def test_missing_ranks_are_named(port: int) -> None:
+    with pytest.raises(RendezvousError, match=r"rank 1, 2 of 3 not there within 1 s"):
+        meet(at(port), 0, 3, LIMIT)
+
+
+def test_missing_ranks_are_named_through_a_file(tmp_path: Path) -> None:
+    with pytest.raises(RendezvousError, match=r"rank 1 of 2 not there within 1 s"):
+        meet({"DIST_TRAIN_RENDEZVOUS": str(tmp_path / "file")}, 0, 2, LIMIT)
+
+
+def test_a_port_in_use_is_named(taken: int) -> None:
+    with pytest.raises(RendezvousError, match=f"MASTER_PORT {taken}: rank 0 on .* cannot listen"):
+        meet(at(taken), 0, 2, LIMIT)
+
+
+def test_an_address_without_rank_0_is_named(port: int) -> None:
+    with pytest.raises(RendezvousError, match=f"MASTER_PORT {port}: rank 1 on .* does not reach"):
+        meet(at(port), 1, 2, LIMIT)
+
+
+@pytest.mark.parametrize(
+    "environ", [{}, {"MASTER_ADDR": "x"}, {"MASTER_ADDR": "x", "MASTER_PORT": "y"}]
+)
+def test_an_address_must_be_given(environ: dict[str, str]) -> None:
+    with pytest.raises(RendezvousError, match="expected the address of rank 0, which is one of 2"):
+        meet(environ, 0, 2, LIMIT)
+
+
+def test_all_that_come_get_the_store(port: int) -> None:
+    stores = {}
+    others = [
+        threading.Thread(target=lambda r=r: stores.update({r: meet(at(port), r, 3, 20 * LIMIT)}))
+        for r in (1, 2)
+    ]
+    for other in others:
+        other.start()
+    stores[0] = meet(at(port), 0, 3, 20 * LIMIT)
+    for other in others:
+        other.join(timeout=30)
+    stores[2].set("word", "heard")
+    assert stores[1].get("word") == b"heard"
