@@ -37,6 +37,7 @@ from dist_train.recipe_sections import (
     Section,
     Spec,
     Watch,
+    Weights,
 )
 from dist_train.settings import (
     RECIPES,
@@ -78,6 +79,9 @@ class Recipe(Section):
     objective: Spec = Field(description="a mapping {name: ..., arguments}")
     optimizer: dict[str, Any] = Field(
         description="{name: ..., arguments}, or {player: {name: ...}}"
+    )
+    weights: dict[str, Any] | None = Field(
+        None, description="a mapping {from: ...}, or {player: {from: ...}}"
     )
     evaluate: Evaluate | None = Field(None, description="a mapping with split, every and metrics")
     callbacks: dict[str, Any] = Field(default={}, description="a mapping {instance: {arguments}}")
@@ -185,9 +189,8 @@ class Recipe(Section):
     def group_settings(self) -> dict[str, GroupSettings]:
         """{player: what its optimiser's `groups` and `l1` say}."""
         settings = {}
-        shared = isinstance(self.optimizer.get("name"), str)
         for player, spec in self.whole_optimizers.items():
-            where = "optimizer" if shared else f"optimizer.{player}"
+            where = self.where_of("optimizer", player)
             given = {k: v for k, v in spec.items() if k in GroupSettings.model_fields}
             try:
                 settings[player] = GroupSettings(**given)
@@ -202,6 +205,32 @@ class Recipe(Section):
         return {
             player: self.optimizer if shared else self.optimizer[player] for player in self.players
         }
+
+    @property
+    def starting_weights(self) -> dict[str, Weights]:
+        """{player: where its weights come from}, for the players that do not start from the seed."""
+        if self.weights is None:
+            return {}
+        shared = "from" in self.weights
+        given = dict.fromkeys(self.players, self.weights) if shared else self.weights
+        found = {}
+        for player, spec in given.items():
+            where = self.where_of("weights", player)
+            if not isinstance(spec, dict):
+                raise UserError(f"{where}: got {short(spec)}, expected a mapping {{from: ...}}")
+            try:
+                found[player] = Weights(**spec)
+            except ValidationError as error:
+                raise UserError(f"{where}.{explain(error, Weights)}") from None
+        return found
+
+    def where_of(self, key: str, player: str) -> str:
+        """The path of what `key` says for a player: `weights`, or `weights.critic`."""
+        value = getattr(self, key)
+        shared = (
+            not isinstance(value, dict) or "from" in value or isinstance(value.get("name"), str)
+        )
+        return key if shared else f"{key}.{player}"
 
     @property
     def strategies(self) -> dict[str, dict[str, Any]]:

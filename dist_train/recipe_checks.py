@@ -83,6 +83,12 @@ def check_players(recipe: Recipe) -> None:
                 f"{where}: got {strategy['name']}, which cuts tensors into flat pieces, but optimizer"
                 f" '{optimizer}' needs each whole; choose single or ddp, or another optimizer"
             )
+    for player in recipe.starting_weights:
+        if player not in players:
+            raise UserError(
+                f"weights.{player}: expected 'from', or some of the players {', '.join(players)}"
+                + nearest(player, [*players, "from"])
+            )
     assert recipe.group_settings.keys() == set(players)  # raises what is wrong in them
     for instance, spec in recipe.callbacks.items():
         chosen = spec.get("players", []) if isinstance(spec, dict) else []

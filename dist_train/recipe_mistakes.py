@@ -17,7 +17,8 @@ def _field_at(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[type[BaseMo
     for key in path:
         if isinstance(key, int):  # a position in a list of sections
             continue
-        field = section.model_fields.get(key) if section is not None else None
+        fields = section.model_fields if section is not None else {}
+        field = fields.get(key) or next((f for f in fields.values() if f.alias == key), None)
         free = (
             field is None and section is not None and section.model_config.get("extra") == "allow"
         )
@@ -50,7 +51,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         )
     elif first["type"] == "extra_forbidden":
         section, _ = _field_at(root, path[:-1])
-        keys = list(section.model_fields) if section is not None else []
+        fields = section.model_fields if section is not None else {}
+        keys = [field.alias or name for name, field in fields.items()]
         line = f"{where}: unknown key{nearest(str(path[-1]), keys)} (expected one of {', '.join(keys)})"
     elif first["type"] == "missing":
         line = f"{where}: missing, expected {description}"

@@ -105,6 +105,37 @@ class Watch(Section):
     )
 
 
+class Rename(Section):
+    """Another name for tensors of a source of weights."""
+
+    old: str = Field(alias="from", min_length=1, description="a name, with at most one '*'")
+    new: str = Field(alias="to", min_length=1, description="a name, with '*' where 'from' has one")
+
+    @model_validator(mode="after")
+    def _check(self) -> Rename:
+        if self.old.count("*") > 1 or self.old.count("*") != self.new.count("*"):
+            raise UserError(
+                f"to: got {short(self.new)} with from {short(self.old)}, expected at most one '*' in"
+                " each, and in both or in neither"
+            )
+        return self
+
+
+class Weights(Section):
+    """Where a player's weights come from before step 0."""
+
+    source: str = Field(
+        alias="from",
+        min_length=1,
+        description="a run directory, a .safetensors file, a folder, or hf://ORG/MODEL",
+    )
+    averages: str | None = Field(None, description="the callback of that run that averages weights")
+    rename: list[Rename] = Field(default=[], description="a list [{from: ..., to: ...}]")
+    missing: Literal["error", "ignore"] = Field("error", description="error or ignore")
+    extra: Literal["error", "ignore"] = Field("error", description="error or ignore")
+    mismatched: Literal["error", "ignore"] = Field("error", description="error or ignore")
+
+
 class Log(Section):
     """When a row is written."""
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train import checkpoint, components, heartbeat, randomness
+from dist_train import checkpoint, components, heartbeat, randomness, starting_weights
 from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
@@ -86,6 +86,8 @@ def train(
         overfit,
         micro_order,
     )
+    if resume is None:
+        starting_weights.check(recipe)
     if ranks is not None:
         if "WORLD_SIZE" in os.environ:
             raise UserError(
@@ -231,7 +233,7 @@ def build(
             parameter_groups,
             weight_decay=spec.get("weight_decay", 0.0),
             settings=settings,
-            rule_of=assign(modules, settings),
+            rule_of=assign(modules, settings, recipe.where_of("optimizer", player)),
         )
 
         def optimizer(groups: Any, spec: dict[str, Any] = spec, player: str = player) -> Any:
@@ -404,6 +406,8 @@ def begin(trainer: Trainer, resume: str | None) -> None:
             )
     if reader is not None:
         trainer.load(reader)
+    else:
+        starting_weights.load(trainer.recipe, trainer.engines, world, directory)
     if world.is_main:
         directory.cut(trainer.step)
     world.barrier()

@@ -156,8 +156,8 @@ def _judged(gan: Path, classifier: Path) -> dict[str, Any]:
     randomness.reseed(artist.recipe.seed, artist.step)
     drawn = artist.objective.samples(artist.view("ema"), SAMPLES, artist.world.device)["generator"]
     test = Shards(data_folders(judge.recipe)[0], "test")
-    real = np.stack([test.sample(i)["image"] for i in range(len(test))])
-    real = torch.from_numpy(real).to(drawn)[:, None] / 255
+    images = np.stack([test.sample(i)["image"] for i in range(len(test))])
+    real = torch.from_numpy(images).to(drawn)[:, None] / 255
     pixels = torch.randperm(real[0].numel(), device=real.device)
     judged = {
         "samples": sure(drawn),
