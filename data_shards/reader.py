@@ -109,7 +109,7 @@ class Shards:
         if not first.flags.c_contiguous or size == 0:
             return None
         stacked = np.empty((len(views), *first.shape), first.dtype)
-        target, at = memoryview(stacked.reshape(-1).view(np.uint8)), 0
+        target, at = stacked.reshape(-1).view(np.uint8).data, 0
         for view in views:
             if len(view) != start + size or view[:start].tobytes() != header:
                 return None
@@ -173,7 +173,7 @@ class Shards:
         self._checked[number] = True
         if len(self._open) >= self.storage.most_open:
             del self._open[next(iter(self._open))]
-        self._open[number] = data, memoryview(table.reshape(-1))
+        self._open[number] = data, table.reshape(-1).data
         return self._open[number]
 
 
@@ -187,4 +187,4 @@ def _mapped(path: Path, size: int | None = None) -> memoryview:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be opened: {error}") from error
     array.flags.writeable = False
-    return memoryview(array)
+    return array.data

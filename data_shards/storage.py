@@ -15,8 +15,10 @@ class Storage(Protocol):
     `most_open`: how many shards a reader may keep mapped. `name`: how errors call the set.
     """
 
-    name: str
-    most_open: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def most_open(self) -> int: ...
 
     def tar(self, shard: Shard) -> Path:
         """The tar."""
@@ -33,7 +35,7 @@ class Folder:
     most_open: int = 8192
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return str(self.path)
 
     def tar(self, shard: Shard) -> Path:
