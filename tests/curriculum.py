@@ -1,0 +1,207 @@
+"""Every model of the catalogue with every objective that can train it, in tiny; and what ranks do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cases import strategy
+
+from dist_train import run
+from dist_train.recipe import Recipe
+from dist_train.verify import parity
+from dist_train.world import World
+
+STEPS = 4
+"""Reference states of each case."""
+
+ON_IMAGES: dict[str, dict[str, Any]] = {
+    "mlp": {"depth": 2, "width": 16, "in_features": "auto"},
+    "lenet": {"image_size": "auto", "in_channels": "auto", "activation": "relu"},
+    "alexnet": {
+        "stem": "small",
+        "width": 6,
+        "dropout": 0.1,
+        "hidden": 16,
+        "image_size": "auto",
+        "in_channels": "auto",
+    },
+    "vgg": {
+        "depth": 11,
+        "width": 4,
+        "hidden": 16,
+        "image_size": "auto",
+        "in_channels": "auto",
+        "norm": "batch",
+    },
+    "resnet": {"depth": 8, "width": 4, "in_channels": "auto"},
+    "resnet_imagenet": {"depth": 50, "width": 4, "in_channels": "auto", "norm": "group"},
+}
+OUTPUTS = {"mlp": "num_outputs"}
+"""What a model calls the number of its outputs, if not `num_classes`."""
+CANCELLED = {"critic/critic.score.bias"}
+"""Weights whose gradient is 0 by the mathematics: a Wasserstein loss is a difference of scores."""
+ADAM = {"name": "adam", "learning_rate": 3e-3}
+
+CASES: dict[str, dict[str, Any]] = {
+    **{
+        f"{name}-classification": {
+            "data": {"path": "pictures"},
+            "model": {"name": name, **arguments, OUTPUTS.get(name, "num_classes"): "auto"},
+            "objective": {"name": "classification", "label_smoothing": 0.05, "mixup": 0.2},
+            "shapes": {"logits": (4, 10), "nll": (4,)},
+        }
+        for name, arguments in ON_IMAGES.items()
+    },
+    **{
+        f"{name}-regression": {
+            "data": {"path": "pictures"},
+            "model": {"name": name, **arguments, OUTPUTS.get(name, "num_classes"): 4},
+            "objective": {"name": "regression", "inputs": "image", "variance": "predicted"},
+            "shapes": {"prediction": (4, 2), "deviation": (4, 2), "nll": (4,)},
+        }
+        for name, arguments in ON_IMAGES.items()
+    },
+    "transformer-language_modelling": {
+        "data": {"path": "text"},
+        "model": {
+            "name": "transformer",
+            "vocab_size": "auto",
+            "dim": 16,
+            "num_heads": 2,
+            "max_length": 32,
+            "dropout": 0.1,
+        },
+        "objective": {"name": "language_modelling"},
+        "shapes": {"loss_sum": (), "loss_count": ()},
+    },
+    "conv_generator-conv_critic-wgan_gp": {
+        "data": {"path": "pictures", "scale": "signed"},
+        "model": {
+            "generator": {
+                "name": "conv_generator",
+                "latent_dim": 8,
+                "width": 4,
+                "channels": "auto",
+                "image_size": "auto",
+            },
+            "critic": {
+                "name": "conv_critic",
+                "width": 4,
+                "channels": "auto",
+                "image_size": "auto",
+            },
+        },
+        "objective": {"name": "wgan_gp", "latent_dim": 8, "critic_steps": 2},
+        "shapes": {},  # it has no evaluation
+    },
+}
+
+
+def pack_pictures(folder: Path) -> None:
+    """200 digits of 32 x 32, their class, and two numbers to predict: how much ink, and how far right it lies."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    from dist_train.data_shards.write import write_shards
+
+    digits = load_digits()
+
+    def samples() -> Iterator[Any]:
+        for i in range(200):
+            small = digits.images[i]
+            image = np.kron(small * 15, np.ones((4, 4))).astype("uint8")
+            right = (small.sum(0) * np.arange(8)).sum() / small.sum()
+            target = np.array([small.mean(), right], np.float32)
+            split = "test" if i % 10 == 0 else "train"
+            fields = {"image.npy": image, "cls": int(digits.target[i]), "target.npy": target}
+            yield split, f"{i:05d}", fields
+
+    write_shards(folder, "pictures", samples(), shard_size=60, classes=list("0123456789"))
+
+
+def recipe_of(case: str, data: str, **settings: Any) -> Recipe:
+    """A case as a recipe: steps of 16 samples in 4 micro-batches."""
+    parts = CASES[case]
+    recipe = Recipe(
+        project="tests",
+        name=case,
+        seed=3,
+        duration="6 steps",
+        threads=1,
+        log={"every": "2 steps"},
+        data={
+            **parts["data"],
+            "path": str(Path(data) / parts["data"]["path"]),
+            "global_batch": 16,
+            "micro_batch": 4,
+        },
+        model=parts["model"],
+        objective=parts["objective"],
+        optimizer=ADAM,
+        callbacks={"clip_gradients": {"norm": 1.0}, "checkpoint": {"every": "3 steps", "keep": 2}},
+    )
+    for key, value in settings.items():
+        recipe = recipe.set(key.replace("__", "."), value)
+    return recipe
+
+
+def alone(data: str, folder: str) -> dict[str, Any]:
+    """What one process finds of each case, and leaves for two: `{case: {shapes, losses, without_gradient}}`."""
+    found = {}
+    for case in CASES:
+        here = Path(folder) / case
+        recipe = recipe_of(case, data, strategy="single")
+        bare = recipe.set("callbacks.checkpoint", None)
+        with parity.trainer_of(bare, World(), here / "reference") as trainer:
+            parity.write_reference(trainer, STEPS)
+        run.train(recipe, run_dir=here / "whole")
+        run.train(recipe, run_dir=here / "halves", until=3)
+        run.train(recipe, run_dir=here / "halves", resume="auto")
+        found[case] = _learns(bare.set("duration", "30 steps"), here / "learns", case)
+    return found
+
+
+def _learns(recipe: Recipe, folder: Path, case: str) -> dict[str, Any]:
+    """30 steps on one batch."""
+    with parity.trainer_of(recipe, World(), folder) as trainer:
+        trainer.data = run.Repeated(trainer.data, 1)
+        gradients = parity.Gradients()
+        parity.watch(trainer, gradients)
+        trainer.train()
+        turns = gradients.take()
+        touched = {
+            f"{turn.player}/{name}"
+            for turn in turns
+            for name, gradient in turn.gradients.items()
+            if gradient.any()
+        }
+        names = {f"{player}/{name}" for player, e in trainer.engines.items() for name in e.trained}
+        shapes = {}
+        if CASES[case]["shapes"]:
+            networks = trainer.view()
+            outputs = trainer.objective.evaluate(networks, trainer.batch[0])
+            shapes = {name: list(value.shape) for name, value in outputs.items()}
+        return {
+            "shapes": shapes,
+            "losses": [turn.loss for turn in turns if turn.player != "generator"],
+            "without_gradient": sorted(names - touched - CANCELLED),
+        }
+
+
+def together(data: str, folder: str) -> dict[str, Any]:
+    """Of two ranks under ZeRO-2: the largest step-locked difference of a loss and of a gradient from one process."""
+    world = World.join(group=True)
+    found = {}
+    for case in CASES:
+        here = Path(folder) / case
+        recipe = recipe_of(case, data, strategy=strategy("zero2")).set("callbacks.checkpoint", None)
+        with parity.trainer_of(recipe, world, here / "locked") as trainer:
+            differences = parity.step_locked(trainer, here / "reference", STEPS)
+        found[case] = {
+            kind: max((pair[0], name) for name, pair in differences.items() if f"/{kind}/" in name)
+            for kind in ("samples", "loss", "gradient")
+        }
+    world.leave()
+    return found

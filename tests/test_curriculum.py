@@ -1,0 +1,79 @@
+"""Every model x objective: documented shapes, a gradient everywhere, a falling loss, exact resume, 2 ranks = 1 rank."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import curriculum
+import pytest
+
+from dist_train.components import CATALOGUE
+from dist_train.testing import assert_same_run, spawn_ranks
+
+STEP_LOCKED = 1e-6
+every_case = pytest.mark.parametrize("case", curriculum.CASES)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("curriculum")
+    curriculum.pack_pictures(tiny_data / "pictures")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data: Path, folder: Path) -> dict[str, Any]:
+    return spawn_ranks(1, curriculum.alone, str(tiny_data), str(folder), timeout=250)[0]
+
+
+@pytest.fixture(scope="module")
+def together(tiny_data: Path, folder: Path, alone: dict[str, Any]) -> dict[str, Any]:
+    return spawn_ranks(2, curriculum.together, str(tiny_data), str(folder), timeout=250)[0]
+
+
+def test_every_registered_part_is_here() -> None:
+    models, objectives = set(), set()
+    for case in curriculum.CASES.values():
+        networks = [case["model"]] if "name" in case["model"] else case["model"].values()
+        models |= {network["name"] for network in networks}
+        objectives.add(case["objective"]["name"])
+    assert models == set(CATALOGUE["model"])
+    assert objectives == set(CATALOGUE["objective"])
+
+
+@every_case
+def test_shapes_are_as_documented(alone: dict[str, Any], case: str) -> None:
+    found = alone[case]["shapes"]
+    for name, shape in curriculum.CASES[case]["shapes"].items():
+        assert tuple(found[name]) == shape, name
+
+
+@every_case
+def test_every_weight_gets_a_gradient(alone: dict[str, Any], case: str) -> None:
+    assert alone[case]["without_gradient"] == []
+
+
+@every_case
+def test_loss_is_finite_and_falls(alone: dict[str, Any], case: str) -> None:
+    losses = alone[case]["losses"]
+    assert len(losses) == 30
+    assert all(map(math.isfinite, losses))
+    assert mean(losses[-5:]) < mean(losses[:5]) - 0.05 * abs(mean(losses[:5]))
+
+
+@every_case
+def test_resumed_is_unbroken(alone: dict[str, Any], folder: Path, case: str) -> None:
+    assert_same_run(folder / case / "whole", folder / case / "halves")
+
+
+@every_case
+def test_two_ranks_are_one(together: dict[str, Any], case: str) -> None:
+    found = together[case]
+    print(case, found)
+    assert found["samples"][0] == 0
+    for kind in ("loss", "gradient"):
+        difference, where = found[kind]
+        assert difference <= STEP_LOCKED, where
