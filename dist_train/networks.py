@@ -17,15 +17,25 @@ class Player(nn.Module):
     """The networks that share one optimiser, each called by its name, in the run's precision.
 
     Under bf16 and fp16 the weights stay fp32 and autocast chooses the type of each operation; outputs come back as
-    fp32, so that losses are written once for every precision.
+    fp32, so that losses are written once for every precision. With `channels_last` images (N, C, H, W) come in with
+    their channels innermost, which convolutions pass on; weights keep their layout, so that they can be sharded.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], precision: str, device_type: str) -> None:
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        precision: str,
+        device_type: str,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.precision, self.device_type = precision, device_type
+        self.channels_last = channels_last
 
     def forward(self, name: str, *inputs: Any) -> Any:
+        if self.channels_last:
+            inputs = tuple(_channels_last(value) for value in inputs)
         if self.precision not in AUTOCAST:
             return self.networks[name](*inputs)
         with torch.autocast(self.device_type, AUTOCAST[self.precision]):
@@ -34,6 +44,12 @@ class Player(nn.Module):
     def skeleton(self) -> Player:
         """A copy without weights (they lie on the meta device): a function of the weights that a view passes in."""
         return copy.deepcopy(self).to("meta")
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
 
 
 def _to_fp32(output: Any) -> Any:

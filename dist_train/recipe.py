@@ -73,6 +73,13 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, bf16 or fp16")
     tf32: bool = Field(False, description="true or false")
     deterministic: bool = Field(False, description="true or false")
+    channels_last: bool = Field(False, description="true or false")
+    activation_checkpointing: Literal["auto"] | list[str] | None = Field(
+        None, description="auto, or a list of patterns of module names like 'blocks.*'"
+    )
+    compile: bool | list[str] = Field(
+        False, description="true, false, or a list of patterns of module names like 'blocks.*'"
+    )
     strategy: str | dict[str, Any] = Field("ddp", description=f"one of {', '.join(STRATEGIES)}")
     data: Data = Field(description="a mapping with name or path, global_batch and micro_batch")
     model: dict[str, Any] = Field(description="a network {name: ...}, or {player: network}")

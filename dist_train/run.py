@@ -23,10 +23,10 @@ from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, UserError
 from dist_train.metrics import Metric
-from dist_train.networks import Player
 from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
-from dist_train.precision import check_device, set_numerics
+from dist_train.players import make_players
+from dist_train.precision import set_numerics
 from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
 from dist_train.restarts import begin_to_count, may_restart
@@ -222,10 +222,9 @@ def build(
     )
     networks = make_networks(recipe, data.known, model)
     micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size
+    players = make_players(networks, recipe, world, objective.given)
     engines = {}
     for player, modules in networks.items():
-        for module in modules.values():
-            check_device(recipe.precision, module, world.device)
         spec = recipe.optimizers[player]
 
         settings = recipe.group_settings[player]
@@ -242,7 +241,7 @@ def build(
 
         engines[player] = make_engine(
             recipe.strategies[player],
-            Player(modules, recipe.precision, world.device.partition(":")[0]),
+            players[player],
             groups,
             optimizer,
             world,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_train.models.chunked_cross_entropy import chunked_cross_entropy
+
 
 class CausalAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what stands before it."""
@@ -100,15 +102,24 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.attention.projection.weight, std=std)
                 nn.init.normal_(module.contract.weight, std=std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T) int64 -> logits (B, T, V) of the next token; T is at most `max_length`."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """Tokens (B, T) int64 -> logits (B, T, V) of the next token; T is at most `max_length`.
+
+        With `targets` (B, T) int64 -> the loss of each (B, T), from the logits of `chunk` positions at a time.
+        """
         length = tokens.shape[1]
         if length > self.max_length:
             raise ValueError(f"{length} tokens, but the model has max_length {self.max_length}")
         x = self.dropout(self.embedding(tokens) + self.position.weight[:length])  # (B, T, C)
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.embedding.weight)  # (B, T, V)
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, self.embedding.weight)  # (B, T, V)
+        losses = chunked_cross_entropy(
+            x.flatten(0, 1), self.embedding.weight, targets.flatten(), chunk
+        )
+        return losses.view_as(targets)  # (B, T)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.data_shards.loader import MicroBatch
+from dist_train.errors import UserError
 from dist_train.models.transformer import generate
 from dist_train.networks import Networks
 from dist_train.objectives import Objective, Turn
@@ -19,7 +20,16 @@ class LanguageModelling(Objective):
 
     Sequences may have unequal lengths: a loss is the mean over real targets, so a micro-batch weighs as many targets
     as it has, and the gradient is that of the mean over the whole global batch (law 3).
+
+    Args:
+        chunk: 0 takes the logits as the model gives them. More: the model is asked for losses, `model(tokens, targets,
+            chunk) -> (B, T)`, which it computes for so many positions at a time and never holds all logits.
     """
+
+    def __init__(self, chunk: int = 0) -> None:
+        if chunk < 0:
+            raise UserError(f"language_modelling: chunk must be 0 or more positions, got {chunk}")
+        self.chunk = chunk
 
     def loss(
         self, turn: Turn, networks: Networks, micro: MicroBatch, scalars: Mapping[str, float]
@@ -49,7 +59,10 @@ class LanguageModelling(Objective):
         """Per target, 0 where a row is padded: (B, T)."""
         tokens, length = micro["tokens"], micro["length"]
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        logits = networks.model(inputs)  # (B, T, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        if self.chunk:
+            losses = networks.model(inputs, targets, self.chunk)  # (B, T)
+        else:
+            logits = networks.model(inputs)  # (B, T, V)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         real = torch.arange(targets.shape[1], device=tokens.device) < length[:, None]
         return losses.view_as(targets) * real
