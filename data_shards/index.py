@@ -47,7 +47,10 @@ class LeftOut:
 
 @dataclass
 class Index:
-    """All that `index.json` says. `tokens` counts targets: a piece of n tokens has n - 1."""
+    """All that `index.json` says.
+
+    `tokens` counts targets: a piece of n tokens has n - 1. `tokenizer` is the SHA-256 of `tokenizer.json`.
+    """
 
     name: str
     fields: dict[str, Field]
@@ -58,6 +61,7 @@ class Index:
     tokens: dict[str, int] = field(default_factory=dict)
     source: str = ""
     licence: str = ""
+    tokenizer: str | None = None
     left_out: list[LeftOut] = field(default_factory=list)
     version: int = VERSION
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.data_shards import decode, tar
+from dist_train.data_shards import decode, tar, tokens
 from dist_train.data_shards.index import Field, Index, LeftOut, Shard, sha256, sidecar
 from dist_train.data_shards.publish import publish
 from dist_train.data_shards.survey import survey, undecodable
@@ -118,6 +118,7 @@ def finish_index(
         vocabulary=facts.vocabulary,
         source=facts.source,
         licence=facts.licence,
+        tokenizer=sha256(folder / tokens.FILE) if (folder / tokens.FILE).is_file() else None,
         left_out=left_out or [],
     )
     if decode_all:
@@ -215,6 +216,10 @@ def check(folder: str | Path) -> list[str]:
     folder = Path(folder)
     index = Index.read(folder)
     found = index.misfits(folder)
+    if index.tokenizer is not None:
+        path = folder / tokens.FILE
+        if not path.is_file() or sha256(path) != index.tokenizer:
+            found.append(f"{path}: missing, or changed since the index was written")
     for shard in index.shards():
         path = folder / shard.file
         for part, digest in ((path, shard.sha256), (sidecar(path), shard.offsets_sha256)):

@@ -153,6 +153,15 @@ def scan(
     return suffixes, np.array(rows, dtype=np.int64).reshape(len(rows), len(suffixes), 2)
 
 
+def keys(path: Path) -> Iterator[str]:
+    """The keys of a shard's samples, in order."""
+    last = None
+    for key, _, _, _ in members(path):
+        if key != last:
+            yield key
+        last = key
+
+
 def key_at(path: Path, start: int, offset: int) -> str:
     """Return the key of the member whose data begin at byte `offset`, reading headers from byte `start`."""
     with path.open("rb") as file:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_train.data_shards import shard, tar
+from dist_train.data_shards import shard, tar, tokens
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import Facts, finish_index
-from dist_train.data_shards.publish import published
+from dist_train.data_shards.publish import publish, published
+from dist_train.data_shards.tokens import Tokenizer
 from dist_train.errors import UserError
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -47,6 +48,7 @@ def write_shards(
     vocabulary: int | None = None,
     source: str = "",
     licence: str = "",
+    tokenizer: Tokenizer | None = None,
     workers: int | None = None,
     progress: Callable[[int], None] = lambda samples: None,
 ) -> Index:
@@ -86,6 +88,8 @@ def write_shards(
             raise UserError(f"'{name}': no samples to write")
         shard.remove_journals(folder, {one.shard.file for done in splits.values() for one in done})
         facts = Facts(name, classes or [], vocabulary, source, licence)
+        if tokenizer is not None:
+            publish(folder / tokens.FILE, tokenizer.to_json().encode())
         suffixes = next(iter(splits.values()))[0].suffixes
         shards = {split: [one.shard for one in done] for split, done in splits.items()}
         return finish_index(folder, suffixes, shards, facts)

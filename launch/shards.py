@@ -22,12 +22,21 @@ def register(app: typer.Typer) -> None:
 @shards.command()
 def pack(
     source: Annotated[
-        str, typer.Argument(help="A source by name (see `list source`), or a folder.")
+        str,
+        typer.Argument(help="A name (see `list source`), hf://OWNER/NAME, a file or a folder."),
     ],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     shard_size: Annotated[
         str, typer.Option(help="The size of a shard, or a number of samples.")
     ] = "256MiB",
+    fields: Annotated[
+        str | None,
+        typer.Option(help="Of tables and arrays: SUFFIX=COLUMN,... like cls=digit,x.npy=age+bmi."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="For what is in none: a name, or NAME=FRACTION,... by key."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, max=1024, help="Threads that write; one a core if not given."),
@@ -39,7 +48,8 @@ def pack(
     from dist_train.data_shards.sources import pack as pack_source
     from dist_train.settings import read_assignments
 
-    options = read_assignments(settings or [])
+    given = {"fields": fields, "split": split}
+    options = read_assignments(settings or []) | {k: v for k, v in given.items() if v is not None}
     size = int(shard_size) if shard_size.isdecimal() else shard_size
 
     def work() -> dict[str, Any]:

@@ -32,7 +32,9 @@ FOREIGN = {
     },
     "ray": set(),
     "ruamel": {"dist_train/yaml_text.py"},
+    "pyarrow": {"data_shards/sources/tables.py"},
     "sklearn": {"data_shards/sources/named/scikit_learn.py"},
+    "tokenizers": {"data_shards/tokens.py"},
     "wandb": {"dist_train/callbacks/wandb.py"},
     "webdataset": set(),
 }

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from dist_train.data_shards.index import Index
+from dist_train.data_shards.sources.arrays import idx_files, numpy_files
+from dist_train.data_shards.sources.hugging_face import PREFIX, hugging_face
 from dist_train.data_shards.sources.named import NAMED
 from dist_train.data_shards.sources.pictures import PICTURE_FILES, image_folder
 from dist_train.data_shards.sources.source import Source
-from dist_train.data_shards.sources.text import text_files
+from dist_train.data_shards.sources.tables import TABLE_FILES, tables
+from dist_train.data_shards.sources.tars import web_dataset
+from dist_train.data_shards.sources.text import TEXT_FILES, text_files
 from dist_train.data_shards.write import write_shards
 from dist_train.errors import UserError, nearest
 
@@ -42,6 +46,7 @@ def pack(
         vocabulary=made.vocabulary,
         source=made.source,
         licence=made.licence,
+        tokenizer=made.tokenizer,
         workers=workers,
         progress=lambda samples: progress(samples, made.total),
     )
@@ -80,21 +85,51 @@ def locate(data: str | Path, root: str | Path, **options: Any) -> Path:
     return folder
 
 
+SAVED = ("dataset_dict.json", "dataset_info.json")
+FORMATS: list[tuple[str, Callable[[Path], bool], Callable[..., Source]]] = [
+    ("saved by Hugging Face datasets", lambda path: _has(path, SAVED), hugging_face),
+    ("tars", lambda path: _has(path, ("*.tar",)), web_dataset),
+    ("IDX", lambda path: _has(path, ("*idx?-ubyte", "*idx?-ubyte.gz")), idx_files),
+    ("numpy", lambda path: path.suffix == ".npz" or _has(path, ("*.npy",)), numpy_files),
+    ("tables", lambda path: _suffixed(path, TABLE_FILES), tables),
+    ("pictures", lambda path: path.is_dir() and _suffixed(path, PICTURE_FILES), image_folder),
+    ("texts", lambda path: path.is_file() or _suffixed(path, TEXT_FILES), text_files),
+]
+"""(what it is, whether a path is that, what reads it): the first that is, wins."""
+
+
 def _source(source: str | Path, options: dict[str, Any]) -> Source:
     path = Path(source).expanduser()
+    arguments: tuple[str | Path, ...] = (path,)
     if str(source) in NAMED:
-        make: Callable[..., Source] = NAMED[str(source)]
-        arguments: tuple[Path, ...] = ()
+        make, arguments = NAMED[str(source)], ()
+    elif str(source).startswith(PREFIX):
+        make, arguments = hugging_face, (str(source),)
     elif path.exists():
-        pictures = path.is_dir() and any(f.suffix.lower() in PICTURE_FILES for f in path.rglob("*"))
-        make, arguments = (image_folder if pictures else text_files), (path,)
+        found = next((reads for _, fits, reads in FORMATS if fits(path)), None)
+        if found is None:
+            known = ", ".join(what for what, _, _ in FORMATS)
+            raise UserError(f"source '{source}': nothing in it that can be packed ({known})")
+        make = found
     else:
         raise UserError(
-            f"source '{source}': no such path, nor one of {', '.join(NAMED)}{nearest(str(source), NAMED)}"
+            f"source '{source}': no such path, nor {PREFIX}OWNER/NAME, nor one of {', '.join(NAMED)}"
+            f"{nearest(str(source), NAMED)}"
         )
     takes = [name for name in inspect.signature(make).parameters if name != "path"]
     for option in options:
         if option not in takes:
             known = ", ".join(takes) or "none"
-            raise UserError(f"source '{source}' has no option '{option}' (it has {known})")
+            raise UserError(
+                f"source '{source}' has no option '{option}'{nearest(option, takes)} (it has {known})"
+            )
     return make(*arguments, **options)
+
+
+def _has(path: Path, patterns: Iterable[str]) -> bool:
+    return path.is_dir() and any(any(path.glob(pattern)) for pattern in patterns)
+
+
+def _suffixed(path: Path, suffixes: Iterable[str]) -> bool:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return any(file.suffix.lower() in suffixes for file in files)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_train.data_shards.sources.source import Source, folder_of, key_of, name_of, split_folder
-from dist_train.data_shards.write import Row, split_of
+from dist_train.data_shards.sources.source import Source, folder_of, key_of, name_of
+from dist_train.data_shards.sources.splits import DEFAULT, Sharing, split_folder
+from dist_train.data_shards.write import Row
 from dist_train.errors import UserError
 
 PICTURE_FILES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
 
-def image_folder(path: str | Path) -> Source:
+def image_folder(path: str | Path, split: str = DEFAULT) -> Source:
     """Pictures in folders named after their class; those may stand in `train`, `validation`, `test` folders.
 
     Files are kept as they are. Where formats are mixed all take the suffix of the first (readers go by the content).
@@ -28,11 +29,13 @@ def image_folder(path: str | Path) -> Source:
             raise UserError(f"{file}: must be in a folder that names its class")
     classes = sorted({inner.parts[0] for _, _, inner in places})
 
+    sharing = Sharing(split)
+
     def samples() -> Iterator[Row]:
-        for file, split, inner in places:
+        for file, own, inner in places:
             key = key_of(inner)
             fields = {suffix: file, "cls": classes.index(inner.parts[0])}
-            yield split or split_of(key), key, fields
+            yield own or sharing(key), key, fields
 
     return Source(
         name_of(root), samples(), str(root), "as given by its owner", classes, total=len(places)

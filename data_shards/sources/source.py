@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.data_shards.indexing import SPLITS
+from dist_train.data_shards.tokens import Tokenizer
 from dist_train.data_shards.write import FRACTIONS, Row, split_of
 from dist_train.errors import UserError
 
@@ -24,6 +24,7 @@ class Source:
     classes: list[str] | None = None
     vocabulary: int | None = None
     total: int | None = None
+    tokenizer: Tokenizer | None = None
 
 
 def labelled(
@@ -50,13 +51,6 @@ def name_of(root: Path) -> str:
     """The name of a data set from that of its folder or file."""
     stem = root.resolve().name.partition(".")[0] or "data"
     return "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in stem)
-
-
-def split_folder(root: Path, file: Path) -> tuple[str | None, Path]:
-    """(the split that the first folder below `root` names, or None; the path below that)."""
-    inner = file.relative_to(root)
-    split = SPLITS.get(inner.parts[0].lower()) if len(inner.parts) > 1 else None
-    return split, inner.relative_to(inner.parts[0]) if split else inner
 
 
 def key_of(inner: Path) -> str:

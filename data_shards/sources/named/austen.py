@@ -12,7 +12,7 @@ from pathlib import Path
 from dist_train.data_shards.sources.cache import cached
 from dist_train.data_shards.sources.debian import unpack_package
 from dist_train.data_shards.sources.source import Source
-from dist_train.data_shards.sources.text import pieces
+from dist_train.data_shards.sources.text import Document, token_source
 from dist_train.data_shards.write import split_of
 from dist_train.errors import UserError
 
@@ -31,15 +31,20 @@ CHAPTER = re.compile(r"(?i)chapter [ivxlc\d]+\.?$")
 STRINGS, CHARACTERS, HAS_ATTRIBUTES = 16, 9, 0x200
 
 
-def austen(block: int = 128) -> Source:
-    """The six novels of Jane Austen, 3.9 million characters; a byte is a token; splits by chapter."""
+def austen(
+    block: int = 128, tokens: str = "byte", vocab_size: int | None = None, join: bool = False
+) -> Source:
+    """The six novels of Jane Austen, 4 million characters; splits by chapter."""
     folder = cached("austen", DIGESTS, _fetch)
-    return Source(
+    return token_source(
         "austen",
-        pieces(chapters(folder / "Rdata.rdb"), block),
+        list(chapters(folder / "Rdata.rdb")),
         f"Debian package {PACKAGE}: the texts of Project Gutenberg, by Julia Silge",
         "public domain",
-        vocabulary=256,
+        block,
+        tokens,
+        vocab_size,
+        join,
     )
 
 
@@ -51,7 +56,7 @@ def _fetch(folder: Path) -> None:
     shutil.rmtree(folder / "package")
 
 
-def chapters(path: Path) -> Iterator[tuple[str, str, bytes]]:
+def chapters(path: Path) -> Iterator[Document]:
     """Each chapter with its own split; what stands before the first one is chapter 0."""
     for novel, lines in zip(NOVELS, read_rdb(path), strict=True):
         starts = [number for number, line in enumerate(lines) if CHAPTER.match(line.strip())]

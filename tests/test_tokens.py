@@ -1,0 +1,102 @@
+"""Tokens: text comes back whole, tokenizers are the same whenever trained, and stand beside the shards."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_train.data_shards import tokens
+from dist_train.data_shards.index import Index
+from dist_train.data_shards.indexing import check, index_shards
+from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sources import pack
+from dist_train.errors import UserError
+
+TEXTS = [
+    f"The {word} of \u00e9tudes, {i}.\n".encode()
+    for i, word in enumerate(["cat", "dog", "crane"] * 20)
+]
+
+
+def error(pattern: str):
+    return pytest.raises(UserError, match=pattern)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("byte", None), ("character", None), ("bpe", 300)])
+def test_text_comes_back(kind: str, size: int | None) -> None:
+    if kind == "bpe":
+        pytest.importorskip("tokenizers")
+    tokenizer = tokens.train(kind, iter(TEXTS), size)
+    again = tokens.train(kind, iter(TEXTS), size)
+    read = tokens.parse(tokenizer.to_json(), "here")
+    assert tokenizer.to_json() == again.to_json() == read.to_json()
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == tokenizer.dtype and ids.max() < tokenizer.boundary
+        assert tokenizer.decode(ids.tolist()) == text == read.decode(read.encode(text).tolist())
+    assert tokenizer.decode([tokenizer.boundary, *tokenizer.encode(b"cat")]) == b"cat"
+    if kind == "bpe":
+        assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 2 and tokenizer.vocabulary <= 300
+        strange = "\u4e16<|endoftext|>".encode()
+        assert tokenizer.decode(tokenizer.encode(strange)) == "\u4e16".encode()
+    if kind == "character":
+        assert tokenizer.decode(tokenizer.encode("c\u4e16t".encode())) == "c\ufffdt".encode()
+
+
+def test_wrong_kinds() -> None:
+    for kind, size, pattern in [
+        ("bytes", None, "did you mean 'byte'"),
+        ("bpe", None, "'bpe' needs vocab_size"),
+        ("byte", 300, "'byte' has no vocab_size"),
+        ("bpe", 20, "at least 257"),
+    ]:
+        with error(pattern):
+            tokens.train(kind, iter(TEXTS), size)
+    with error("x: not a tokenizer"):
+        tokens.parse("{", "x")
+    with error("x: not a tokenizer"):
+        tokens.parse('{"kind": "character"}', "x")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    for split in ("train", "validation"):
+        (tmp_path / "texts" / split).mkdir(parents=True)
+        for i, text in enumerate(TEXTS[: 40 if split == "train" else 5]):
+            (tmp_path / "texts" / split / f"{i:02d}.txt").write_bytes(text * 3)
+    return tmp_path / "texts"
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_tokenizers_stand_beside_the_shards(texts: Path, tmp_path: Path, join: bool) -> None:
+    pytest.importorskip("tokenizers")
+    options = {"tokens": "bpe", "vocab_size": 290, "block": 16, "join": join}
+    index = pack(texts, tmp_path / "out", **options)
+    tokenizer = tokens.load(tmp_path / "out")
+    assert index.describe()["vocab_size"] == tokenizer.vocabulary <= 290
+    assert index_shards(tmp_path / "out") == index == Index.load(tmp_path / "out")
+    shards = Shards(tmp_path / "out", "train")
+    pieces = [shards.sample(i)["tokens"] for i in range(len(shards))]
+    if join:
+        whole = np.concatenate([pieces[0][:1], *(piece[1:] for piece in pieces)])
+        documents = np.split(whole, np.flatnonzero(whole == tokenizer.boundary) + 1)
+        assert [tokenizer.decode(part.tolist()) for part in documents[:-1]] == [
+            t * 3 for t in TEXTS[:40]
+        ]
+        assert {len(piece) for piece in pieces[:-1]} == {17} and index.tokens["train"] == len(
+            whole
+        ) - 1
+    else:
+        first = np.concatenate([pieces[0][:1], *(piece[1:] for piece in pieces[:3])])
+        assert tokenizer.decode(first.tolist()).startswith(TEXTS[0])
+    path = tmp_path / "out" / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"e", b"a", 1))
+    assert "tokenizer.json" in check(tmp_path / "out")[0]
+
+
+def test_bytes_need_no_tokenizer(texts: Path, tmp_path: Path) -> None:
+    index = pack(texts, tmp_path / "out", block=16)
+    assert index.vocabulary == 256 and not (tmp_path / "out" / "tokenizer.json").exists()
+    assert isinstance(tokens.load(tmp_path / "out"), tokens.ByteTokenizer)
+    joined = pack(texts, tmp_path / "joined", block=16, join=True)
+    assert joined.vocabulary == 257
