@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import checkpoint, randomness
-from dist_train.data import evaluation_batches
+from dist_train.data import data_folders, evaluation_batches
+from dist_train.data_shards import tokens
 from dist_train.data_shards.sources import locate
 from dist_train.errors import CheckpointError, UserError
 from dist_train.recipe import Recipe
@@ -83,12 +84,15 @@ def generate(
             return {"out": str(out), "step": trainer.step, "images": count}
         model = trainer.engines[trainer.objective.players[0]].player.networks
         context = min(getattr(network, "max_length", 1) for network in model.values())
-        text = trainer.objective.continue_bytes(
-            networks, (prompt or "\n").encode(), count, context, trainer.world.device
+        tokenizer = tokens.load(data_folders(trainer.recipe)[0])
+        start = tokenizer.encode((prompt or "\n").encode()).tolist()
+        written = trainer.objective.continue_tokens(
+            networks, start, count, context, trainer.world.device
         )
-    if text is None:
+    if written is None:
         raise UserError(
             f"{run_dir}: objective '{trainer.recipe.objective['name']}' generates nothing"
         )
+    text = tokenizer.decode(written)
     Path(out).write_bytes(text)
     return {"out": str(out), "step": trainer.step, "text": text.decode(errors="replace")}

@@ -172,6 +172,6 @@ def test_hugging_face_data_sets(tmp_path: Path, monkeypatch) -> None:
     read = list(samples(tmp_path / "out").values())
     assert [sample["label"] for sample in read] == [0, 1, 1, 0]
     assert np.array_equal(np.stack([sample["image"] for sample in read]), pixels)
-    assert list(samples(tmp_path / "out", "test").values())[0]["label"] == 1
+    assert next(iter(samples(tmp_path / "out", "test").values()))["label"] == 1
     with error("'nobody/nothing' cannot be loaded"):
         pack("hf://nobody/nothing", tmp_path / "x")

@@ -100,3 +100,33 @@ def test_bytes_need_no_tokenizer(texts: Path, tmp_path: Path) -> None:
     assert isinstance(tokens.load(tmp_path / "out"), tokens.ByteTokenizer)
     joined = pack(texts, tmp_path / "joined", block=16, join=True)
     assert joined.vocabulary == 257
+
+
+def test_a_model_of_byte_pairs_is_trained_and_writes_text(texts: Path, tmp_path: Path) -> None:
+    """`vocab_size: auto` is the tokenizer's, and what is generated is text again."""
+    pytest.importorskip("tokenizers")
+    from dist_train.recipe import Recipe
+    from dist_train.run import train
+    from dist_train.trained import generate
+
+    pack(texts, tmp_path / "out", tokens="bpe", vocab_size=290, block=16)
+    recipe = Recipe(
+        project="tokens",
+        duration="3 steps",
+        strategy="single",
+        data={"path": str(tmp_path / "out"), "global_batch": 4, "micro_batch": 4},
+        model={
+            "name": "transformer",
+            "vocab_size": "auto",
+            "max_length": "auto",
+            "dim": 16,
+            "depth": 1,
+            "num_heads": 2,
+        },
+        objective={"name": "language_modelling"},
+        optimizer={"name": "adamw", "learning_rate": 0.01},
+        callbacks={"checkpoint": {"every": "3 steps"}},
+    )
+    train(recipe, run_dir=tmp_path / "run")
+    made = generate(tmp_path / "run", tmp_path / "text", count=20, prompt="The cat")
+    assert made["text"].startswith("The cat") and len(made["text"]) > 7

@@ -63,9 +63,9 @@ class Objective(ABC):
         """Images (N, C, H, W) in [0, 1] to look at, drawn from the default generator; empty when there are none."""
         return {}
 
-    def continue_bytes(
-        self, networks: Networks, prompt: bytes, count: int, context: int, device: str
-    ) -> bytes | None:
-        """`prompt` and `count` bytes more, drawn from the default generator; the model sees the last `context` bytes.
+    def continue_tokens(
+        self, networks: Networks, prompt: list[int], count: int, context: int, device: str
+    ) -> list[int] | None:
+        """`prompt` and `count` tokens more, drawn from the default generator; the model sees the last `context`.
         None when the model writes no text."""
         return None

@@ -48,12 +48,12 @@ class LanguageModelling(Objective):
             "loss_count": micro["length"][: micro.real].sum(),
         }
 
-    def continue_bytes(
-        self, networks: Networks, prompt: bytes, count: int, context: int, device: str
-    ) -> bytes:
-        tokens = torch.tensor([list(prompt)], device=device)
+    def continue_tokens(
+        self, networks: Networks, prompt: list[int], count: int, context: int, device: str
+    ) -> list[int]:
+        tokens = torch.tensor([prompt], device=device)
         tokens = generate(networks.model, tokens, count, max_length=context, temperature=0.8)
-        return bytes(tokens[0].tolist())
+        return tokens[0].tolist()
 
     def _losses(self, networks: Networks, micro: MicroBatch) -> Tensor:
         """Per target, 0 where a row is padded: (B, T)."""
