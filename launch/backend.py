@@ -18,6 +18,7 @@ from dist_train.run_directory import write_file
 
 BACKENDS = {
     "local": "dist_train.launch.local:Local",
+    "ray": "dist_train.launch.ray:Ray",
 }
 """{name: class}. The modules import nothing foreign before a method needs it: --dry-run is quick."""
 RECORD = "launch.json"
@@ -68,7 +69,11 @@ class Job:
         """What a rank needs in its environment to import the snapshot instead of what lies where it was launched."""
         if self.code is None:
             return {}
-        return {"PYTHONPATH": str(self.code), "DIST_TRAIN_CODE": str(self.code / "project")}
+        return {
+            "PYTHONPATH": str(self.code),
+            "PYTHONSAFEPATH": "1",  # or the folder that it was launched in would come first
+            "DIST_TRAIN_CODE": str(self.code / "project"),
+        }
 
     def write(self) -> None:
         record = asdict(self) | {"spec": self.spec.as_dict()}

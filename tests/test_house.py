@@ -30,7 +30,7 @@ FOREIGN = {
         "dist_train/recipe_mistakes.py",
         "dist_train/recipe_sections.py",
     },
-    "ray": set(),
+    "ray": {"launch/ray.py"},
     "ruamel": {"dist_train/yaml_text.py"},
     "pyarrow": {"data_shards/sources/tables.py"},
     "sklearn": {"data_shards/sources/named/scikit_learn.py"},

@@ -1,0 +1,235 @@
+"""Ray: two raylets on this machine, one of them lost, then the head lost; and who may use a cluster."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+
+from dist_train.errors import UserError
+from dist_train.launch import ray as backend
+from dist_train.launch.cli import main
+from dist_train.launch.jobs import statuses
+from dist_train.run_directory import RunDirectory
+from dist_train.testing import assert_same_run, spawn_ranks
+
+HEAD, SECOND = "127.0.0.2", "127.0.0.3"
+STEPS = 200
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def eventually(what: Callable[[], Any], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.1)
+
+
+class Raylets:
+    """A Ray cluster of two nodes with a core each, whose Jobs API asks for a token."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        port = free_port()
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        head = {
+            "num_cpus": 1,
+            "node_ip_address": HEAD,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": port,
+        }
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.add_second()
+
+    def add_second(self) -> None:
+        self.second = self.cluster.add_node(num_cpus=1, node_ip_address=SECOND)
+
+    def kill_second(self) -> None:
+        self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def kill_head(self) -> None:
+        self.cluster.remove_node(self.cluster.head_node, allow_graceful=False)
+
+    def end(self) -> None:
+        self.cluster.shutdown()
+
+
+@pytest.fixture
+def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Raylets]]:
+    """Starts clusters, one after the other."""
+    for name, value in {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_API_SERVER_ADDRESS": "",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    }.items():
+        monkeypatch.setenv(name, value)
+    pytest.importorskip("ray")  # it reads these variables as it is imported
+    started: list[Raylets] = []
+
+    def start() -> Raylets:
+        started.append(Raylets())
+        return started[-1]
+
+    yield start
+    for cluster in started:
+        cluster.end()
+
+
+def step_of(run_dir: Path) -> int:
+    return max((row["step"] for row in RunDirectory(run_dir).rows()), default=0)
+
+
+def state_of(run_dir: Path) -> str:
+    return statuses(str(run_dir))[run_dir.name]["state"]
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """The command lines that name the run directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run_dir) in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_a_raylet_is_lost_and_then_the_head(
+    tiny_data: Path, tmp_path: Path, raylets: Callable[[], Raylets]
+) -> None:
+    plan = cases.tiny_recipe("resnet", tiny_data, duration=f"{STEPS} steps", strategy="ddp")
+    plan = plan.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
+    plan = plan.set("callbacks.checkpoint.every", "20 steps").set("log.every", "1 step")
+    recipe, whole = tmp_path / "tiny.yaml", tmp_path / "whole"
+    recipe.write_text(plan.to_yaml())
+    spawn_ranks(2, cases.train_case, plan.as_dict(), str(whole), "", None, timeout=120)
+
+    cluster = raylets()
+    first, second = tmp_path / "first", tmp_path / "second"
+    launch = ["--on", "ray", "--nodes", "2", "--run-dir"]
+    assert main(["launch", str(recipe), *launch, str(first)]) == 0
+    eventually(lambda: step_of(first) > 45)
+    cluster.kill_second()
+    log = first / "logs" / "job.log"
+    eventually(lambda: "starting again" in log.read_text())
+    cluster.add_second()
+    eventually(lambda: state_of(first) not in ("waiting", "running"))
+    assert state_of(first) == "done", log.read_text()
+    assert str(first / "code" / "dist_train") in log.read_text(), (
+        "not the code of the run directory"
+    )
+
+    assert main(["launch", str(recipe), *launch, str(second)]) == 0
+    eventually(lambda: step_of(second) > 45)
+    assert main(["cancel", str(second)]) == 0
+    eventually(lambda: state_of(second) not in ("waiting", "running"))
+    assert state_of(second) == "interrupted" and step_of(second) < STEPS
+    assert main(["launch", str(second), *launch, str(second)]) == 0
+    eventually(lambda: step_of(second) > 100)
+    cluster.kill_head()
+    cluster.end()
+    eventually(lambda: not processes_of(second), 30)
+    assert 100 < step_of(second) < STEPS
+    raylets()
+    assert main(["launch", str(second), *launch, str(second)]) == 0
+    eventually(lambda: state_of(second) not in ("waiting", "running"))
+    assert state_of(second) == "done", (second / "logs" / "job.log").read_text()
+
+    for run_dir in (first, second):
+        assert_same_run(whole, run_dir)
+        assert [row["step"] for row in RunDirectory(run_dir).rows()] == list(range(1, STEPS + 1))
+        eventually(lambda run_dir=run_dir: not processes_of(run_dir), 10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who may use a cluster
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        (
+            {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"},
+            ["RAY_AUTH_MODE=disabled", "anyone"],
+        ),
+        ({"RAY_AUTH_TOKEN_PATH": "/no/such/file"}, ["/no/such/file", "get-auth-token"]),
+    ],
+)
+def test_no_job_without_a_token(environ: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        backend.check_token(environ)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_token_is_for_its_user_alone(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("secret")
+    file.chmod(0o644)
+    with pytest.raises(UserError, match="others can read this token; chmod 600"):
+        backend.check_token({"RAY_AUTH_TOKEN_PATH": str(file)})
+    file.chmod(0o600)
+    backend.check_token({"RAY_AUTH_TOKEN_PATH": str(file)})
+    backend.check_token({"RAY_AUTH_TOKEN": "secret"})
+
+
+@pytest.mark.parametrize(
+    ("code", "word"), [(200, "takes jobs from anyone"), (404, "status 404"), (401, "")]
+)
+def test_no_job_for_a_cluster_that_asks_for_no_token(code: int, word: str) -> None:
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        if word:
+            with pytest.raises(UserError, match=word):
+                backend.check_cluster(url)
+        else:
+            backend.check_cluster(url)
+        thread.join(timeout=10)
+
+
+def test_no_cluster_is_said_so() -> None:
+    with pytest.raises(UserError, match="no Ray cluster answers"):
+        backend.check_cluster(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="expected a URL like"):
+        backend.check_cluster("head:8265")
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ({0: 1, 1: backend.LOST}, "rank 1: its node is gone"),
+        ({0: 1, 1: -9}, "rank 1 was ended by SIGKILL"),
+        ({0: None, 1: 1}, "rank 1 ended with exit code 1"),
+        ({0: 0, 1: 2}, "rank 1 ended with exit code 2"),
+    ],
+)
+def test_the_cause_is_named_first(codes: dict[int, int | None], expected: str) -> None:
+    assert backend._verdict(codes)[1] == expected
