@@ -40,6 +40,13 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "adafactor": "dist_train.optimizers:adafactor",
         "muon": "dist_train.optimizers:muon",
     },
+    "init": {
+        "gaussian": "dist_train.initialisation:gaussian",
+        "xavier": "dist_train.initialisation:xavier",
+        "he": "dist_train.initialisation:he",
+        "lecun": "dist_train.initialisation:lecun",
+        "orthogonal": "dist_train.initialisation:orthogonal",
+    },
     "schedule": {
         "constant": "dist_train.schedules:constant",
         "step": "dist_train.schedules:step",
@@ -54,6 +61,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "callback": {
         "clip_gradients": "dist_train.callbacks.clip_gradients:ClipGradients",
         "learning_rate_decay": "dist_train.callbacks.learning_rate_decay:LearningRateDecay",
+        "activation_scale": "dist_train.callbacks.activation_scale:ActivationScale",
         "schedule": "dist_train.callbacks.schedule:Schedule",
         "ema": "dist_train.callbacks.ema:ExponentialMovingAverage",
         "early_stopping": "dist_train.callbacks.early_stopping:EarlyStopping",

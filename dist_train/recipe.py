@@ -55,6 +55,7 @@ from dist_train.yaml_text import write_yaml
 
 PROVIDED: dict[str, tuple[str, ...]] = {
     "optimizer": ("groups",),
+    "init": ("weight", "fan_in", "fan_out"),
     "transform": ("statistics",),
     "objective": ("statistics",),
 }
@@ -86,6 +87,9 @@ class Recipe(Section):
     objective: Spec = Field(description="a mapping {name: ..., arguments}")
     optimizer: dict[str, Any] = Field(
         description="{name: ..., arguments}, or {player: {name: ...}}"
+    )
+    init: dict[str, Any] | None = Field(
+        None, description="a mapping {name: ..., arguments}, or {player: {name: ...}}"
     )
     weights: dict[str, Any] | None = Field(
         None, description="a mapping {from: ...}, or {player: {from: ...}}"
@@ -214,6 +218,13 @@ class Recipe(Section):
         }
 
     @property
+    def inits(self) -> dict[str, dict[str, Any]]:
+        """{player: {"name": ..., "bias": ..., arguments}}, for the players that do not start as their models do."""
+        shared = self.init is None or isinstance(self.init.get("name"), str)
+        given = dict.fromkeys(self.players, self.init) if shared else self.init
+        return {player: spec for player, spec in (given or {}).items() if spec is not None}
+
+    @property
     def starting_weights(self) -> dict[str, Weights]:
         """{player: where its weights come from}, for the players that do not start from the seed."""
         if self.weights is None:
@@ -269,6 +280,9 @@ class Recipe(Section):
                 self.optimizers[player],
                 "optimizer" if shared else f"optimizer.{player}",
             )
+        for player, spec in self.inits.items():
+            scheme = {key: value for key, value in spec.items() if key != "bias"}
+            yield "init", scheme, self.where_of("init", player)
         for instance, spec in self.callback_specs.items():
             yield "callback", spec, f"callbacks.{instance}"
         for stream, where in self.data.located():

@@ -83,11 +83,24 @@ def check_players(recipe: Recipe) -> None:
                 f"{where}: got {strategy['name']}, which cuts tensors into flat pieces, but optimizer"
                 f" '{optimizer}' needs each whole; choose single or ddp, or another optimizer"
             )
-    for player in recipe.starting_weights:
-        if player not in players:
+    for key, first, named in (
+        ("weights", "from", list(recipe.starting_weights)),
+        ("init", "name", list(recipe.inits)),
+    ):
+        for player in named:
+            if player not in players:
+                raise UserError(
+                    f"{key}.{player}: expected '{first}', or some of the players {', '.join(players)}"
+                    + nearest(player, [*players, first])
+                )
+    for player, init in recipe.inits.items():
+        try:
+            as_spec(init)
+        except UserError as error:
+            raise UserError(f"{recipe.where_of('init', player)}: {error}") from None
+        if not isinstance(init.get("bias", 0), int | float):
             raise UserError(
-                f"weights.{player}: expected 'from', or some of the players {', '.join(players)}"
-                + nearest(player, [*players, "from"])
+                f"{recipe.where_of('init', player)}.bias: got {short(init['bias'])}, expected a number"
             )
     assert recipe.group_settings.keys() == set(players)  # raises what is wrong in them
     for instance, spec in recipe.callbacks.items():

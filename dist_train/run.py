@@ -22,6 +22,7 @@ from dist_train.data import RunData, data_folders, evaluation_batches
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, UserError
+from dist_train.initialisation import initialise
 from dist_train.metrics import Metric
 from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
@@ -290,6 +291,9 @@ def make_networks(
                 arguments = {key: _auto(key, value, known, where) for key, value in spec.items()}
                 randomness.reseed(recipe.seed, -1, number)
                 module = components.build("model", arguments, where)
+                if player in recipe.inits:
+                    randomness.reseed(recipe.seed, -2, number)
+                    initialise(module, recipe.inits[player], recipe.where_of("init", player))
             if not isinstance(module, nn.Module):
                 raise UserError(
                     f"{where}: {spec['name']} is no torch.nn.Module but {type(module).__name__}"

@@ -276,3 +276,17 @@ def confusion_run(data: str, folder: str) -> None:
 
 
 __all__ = ["RunDirectory", "Trace"]
+
+
+def scales_in_ranks(data: str, folder: str) -> float:
+    """The deviation of the first layer's output over the first micro-batch, at step 0 of a run that plots it."""
+    recipe = tiny_recipe("resnet", data, strategy=strategy("zero3"))
+    recipe = recipe.set("callbacks.activation_scale", {"every": "100 steps"})
+    world = World.join(group=True)
+    with trainer_of(recipe, world, Path(folder) / "run") as trainer:
+        weight = trainer.full_weights("model")["model.stem.0.weight"]
+        trainer.train(until=1)
+        first = min(trainer.batch, key=lambda micro: micro.index)
+        images = world.agree(first["image"].tolist())
+        output = torch.nn.functional.conv2d(torch.tensor(images), weight, padding=1)
+        return float(output.std())

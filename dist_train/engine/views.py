@@ -61,6 +61,30 @@ class Views:
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         return self._call(self._skeleton, network, {**self.weights, **buffers})
 
+    def observed(self, network: str, seen: Callable[[str, Any], None]) -> Callable[..., Any]:
+        """The network as its own turn sees it, of leaves and changing nothing; `seen(layer, output)` is told what every
+        layer with a weight puts out, in the order of the forward."""
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        call = self._call(self._skeleton, network, {**self.weights, **self.leaves, **buffers})
+        layers = {
+            f"{network}.{name}" if name else network: module
+            for name, module in self._skeleton.networks[network].named_modules()
+            if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+        }
+
+        def watched(*inputs: Any) -> Any:
+            handles = [
+                module.register_forward_hook(lambda _, __, output, name=name: seen(name, output))
+                for name, module in layers.items()
+            ]
+            try:
+                return call(*inputs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        return watched
+
     def evaluated(
         self, network: str, weights: Mapping[str, Tensor] | None = None
     ) -> Callable[..., Any]:
