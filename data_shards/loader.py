@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from dist_train.data_shards.assembler import Assembler, Transform
 from dist_train.data_shards.order import Order, Ordering
+from dist_train.data_shards.prefetch import Need, Prefetch
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.workers import Ahead
 from dist_train.errors import UserError, nearest
@@ -111,7 +113,7 @@ class TrainingBatches:
     def from_(self, step: int, stop: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield (step, this rank's micro-batches) for the steps [step, stop)."""
         steps = range(step, stop)
-        yield from zip(steps, self._ahead(steps), strict=True)
+        yield from zip(steps, _fetched(self._make.needs, self._ahead, steps), strict=True)
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,25 @@ class _TrainingStep:
     micro_batch: int
     own: range
 
-    def __call__(self, step: int) -> list[MicroBatch]:
-        size = self.micro_batch
-        start = step * self.global_batch + self.own.start * size
-        places = {
-            name: stream.order.at(start, start + len(self.own) * size)
+    def places(self, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(epochs, ids) of this rank's rows of each stream."""
+        start = step * self.global_batch + self.own.start * self.micro_batch
+        return {
+            name: stream.order.at(start, start + len(self.own) * self.micro_batch)
             for name, stream in self.streams.items()
         }
+
+    def needs(self, step: int) -> list[Need]:
+        """What this rank's rows fetch from elsewhere."""
+        return [
+            need
+            for name, (_, ids) in self.places(step).items()
+            for need in self.streams[name].assembler.shards.needs(ids)
+        ]
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        size = self.micro_batch
+        places = self.places(step)
         micros = []
         for number, index in enumerate(self.own):
             rows = slice(number * size, (number + 1) * size)
@@ -173,7 +187,7 @@ class EvaluationBatches:
         return len(self.places)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return self._ahead(self.places)
+        return _fetched(self._make.needs, self._ahead, self.places)
 
 
 @dataclass(frozen=True)
@@ -184,16 +198,21 @@ class _EvaluationPart:
     micro_batch: int
     samples: int
 
-    def __call__(self, index: int) -> MicroBatch:
-        size = self.micro_batch
-        ids = np.arange(index * size, (index + 1) * size, dtype=np.int64)
+    def ids(self, index: int) -> tuple[np.ndarray, int]:
+        ids = np.arange(index * self.micro_batch, (index + 1) * self.micro_batch, dtype=np.int64)
         inside = ids < self.samples
-        ids = np.where(inside, ids, 0)
-        epochs = np.full(size, EVALUATION, dtype=np.int64)
+        return np.where(inside, ids, 0), int(inside.sum())
+
+    def needs(self, index: int) -> list[Need]:
+        """What micro-batch `index` fetches from elsewhere."""
+        ids, _ = self.ids(index)
+        return [need for one in self.assemblers.values() for need in one.shards.needs(ids)]
+
+    def __call__(self, index: int) -> MicroBatch:
+        ids, real = self.ids(index)
+        epochs = np.full(len(ids), EVALUATION, dtype=np.int64)
         tensors = {name: one.tensors(ids, epochs) for name, one in self.assemblers.items()}
-        return MicroBatch(
-            index, _columns([ids] * len(tensors)), _joined(tensors), int(inside.sum())
-        )
+        return MicroBatch(index, _columns([ids] * len(tensors)), _joined(tensors), real)
 
 
 def training_batches(
@@ -261,6 +280,19 @@ def _share(global_batch: int, micro_batch: int, rank: int, world_size: int) -> r
         )
     share = total // world_size
     return range(rank * share, (rank + 1) * share)
+
+
+def _fetched(
+    needs: Callable[[int], list[Need]], items: Callable[[range], Iterator[Any]], places: range
+) -> Iterator[Any]:
+    """The items of `places`; what they need from elsewhere is fetched ahead of them."""
+    if not places or not needs(places[0]):
+        yield from items(places)
+        return
+    with Prefetch(needs, places) as prefetch:
+        for place, item in zip(places, items(places), strict=True):
+            prefetch.reached(place)
+            yield item
 
 
 def _columns(ids: list[np.ndarray]) -> np.ndarray:

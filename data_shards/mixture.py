@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data_shards.index import Field, Index
+from dist_train.data_shards.index import Field, Index, Shard
 from dist_train.data_shards.order import Ordering
 from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.storage import Bucket
 from dist_train.errors import UserError
 
 
@@ -101,6 +102,15 @@ class Together:
         shapes = {getattr(value, "shape", None) for value in values}
         return np.stack(values) if len(shapes) == 1 and None not in shapes else values
 
+    def needs(self, ids: np.ndarray) -> list[tuple[Bucket, Shard]]:
+        """The shards that reading `ids` fetches from elsewhere."""
+        numbers = np.searchsorted(self._stops, ids, "right")
+        return [
+            need
+            for number, part in enumerate(self.parts)
+            for need in part.needs(ids[numbers == number] - self._stops[number] + len(part))
+        ]
+
     def where(self, i: int) -> str:
         """Shard and key of sample `i`, for messages."""
         part, own = self._find(i)
@@ -125,7 +135,7 @@ def _one_index(parts: list[Shards], weights: Sequence[float]) -> Index:
         ):
             if ours != theirs:
                 raise UserError(
-                    f"data.sources: {part.folder} has the {what} {theirs}, {parts[0].folder} {ours}: "
+                    f"data.sources: {part.storage.name} has the {what} {theirs}, {parts[0].storage.name} {ours}: "
                     "sources of one mixture must have the same"
                 )
         fields = {name: _one_field(fields[name], own[name]) for name in fields}

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from dist_train.data_shards import decode, tar
-from dist_train.data_shards.index import Index
-from dist_train.data_shards.storage import Folder, Storage
+from dist_train.data_shards.index import Index, Shard
+from dist_train.data_shards.storage import Bucket, Folder, Storage
 from dist_train.errors import UserError, nearest
 
 Mapped = tuple[memoryview, memoryview]
 """(bytes of a shard, its table of offsets, flat)"""
+NPY_HEADER = 128
+"""Bytes before the numbers of a table."""
 
 
 class Shards:
@@ -42,6 +44,11 @@ class Shards:
         self._width = 2 * len(self.fields)
         self._open: dict[int, Mapped] = {}
         self._checked = bytearray(len(self.shards))
+
+    @classmethod
+    def remote(cls, bucket: Bucket, split: str) -> Shards:
+        """One split of the shards behind an address."""
+        return cls(bucket.cache.folder, split, bucket.read_index(), bucket)
 
     def __len__(self) -> int:
         return int(self._stops[-1])
@@ -117,6 +124,13 @@ class Shards:
             at += size
         return stacked
 
+    def needs(self, ids: np.ndarray) -> list[tuple[Bucket, Shard]]:
+        """The shards that reading `ids` fetches from elsewhere, in that order."""
+        if not isinstance(self.storage, Bucket):
+            return []
+        numbers = dict.fromkeys(np.searchsorted(self._stops, ids, "right").tolist())
+        return [(self.storage, self.shards[number]) for number in numbers]
+
     def key(self, i: int) -> str:
         """The key of sample `i`, read from its tar header."""
         ((_, table, row),) = self._locate(np.array([i]))
@@ -130,7 +144,7 @@ class Shards:
         """Shard and key of sample `i`, for messages."""
         return f"{self.storage.name}/{self._shard(i).file}: sample '{self.key(i)}'"
 
-    def _shard(self, i: int) -> Any:
+    def _shard(self, i: int) -> Shard:
         return self.shards[int(np.searchsorted(self._stops, i, "right"))]
 
     def _decode(self, i: int, name: str, view: memoryview) -> Any:
@@ -161,7 +175,8 @@ class Shards:
     def _map(self, number: int) -> Mapped:
         """Map a shard and its table; both stay mapped until `most_open` others have been."""
         shard = self.shards[number]
-        path, offsets = self.storage.tar(shard), self.storage.table(shard)
+        path = self.storage.tar(shard)
+        offsets = self.storage.table(shard, NPY_HEADER + 8 * self._width * shard.samples)
         data, file = _mapped(path, shard.bytes), _mapped(offsets)
         try:
             table = decode.decode_npy(file)

@@ -16,13 +16,13 @@ from dist_train.data_shards import shard, tar, tokens
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import Facts, finish_index
 from dist_train.data_shards.publish import publish, published
+from dist_train.data_shards.sizes import UNITS
 from dist_train.data_shards.tokens import Tokenizer
 from dist_train.errors import UserError
 
 FRACTIONS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SPLIT = re.compile(r"[A-Za-z0-9_]+")
-UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 Row = tuple[str, str, Mapping[str, Any]]
 """(split, key, {suffix: bytes | path of a file | array | int | str | JSON value})"""
 

@@ -8,11 +8,14 @@ from typing import Any
 
 from dist_train import components
 from dist_train.data_shards.assembler import Assembler, derived
+from dist_train.data_shards.cache import Cache
 from dist_train.data_shards.loader import EvaluationBatches, Stream, TrainingBatches
 from dist_train.data_shards.mixture import Mixture, Together
 from dist_train.data_shards.order import Bootstrap, Order, Ordering, default_streams
 from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sizes import bytes_of
 from dist_train.data_shards.sources import locate
+from dist_train.data_shards.storage import Bucket
 from dist_train.recipe import Recipe
 from dist_train.recipe_data import Source
 from dist_train.recipe_data import Stream as Settings
@@ -20,9 +23,12 @@ from dist_train.world import World
 
 
 def data_folders(recipe: Recipe) -> list[Path]:
-    """The folders of all the recipe's shards; named data are packed on first use."""
+    """The folders of the recipe's shards, those of this machine; named data are packed on first use."""
     return [
-        _folder(recipe, source) for stream, _ in recipe.data.located() for source in stream.origins
+        _folder(recipe, source)
+        for stream, _ in recipe.data.located()
+        for source in stream.origins
+        if not source.is_remote
     ]
 
 
@@ -97,8 +103,19 @@ def _folder(recipe: Recipe, source: Source) -> Path:
     return locate(source.name or str(source.path), recipe.root, **source.options)
 
 
+def _bucket(recipe: Recipe, source: Source) -> Bucket:
+    kept = recipe.data.cache
+    cache = Cache(recipe.root / Path(kept.dir).expanduser(), bytes_of(kept.size))
+    return Bucket(str(source.path), cache, source.index or "")
+
+
 def _open(recipe: Recipe, stream: Settings, split: str) -> Shards | Together:
-    parts = [Shards(_folder(recipe, source), split) for source in stream.origins]
+    parts = [
+        Shards.remote(_bucket(recipe, source), split)
+        if source.is_remote
+        else Shards(_folder(recipe, source), split)
+        for source in stream.origins
+    ]
     if stream.sources is None:
         return parts[0]
     return Together(parts, [source.weight for source in stream.sources])
@@ -106,13 +123,19 @@ def _open(recipe: Recipe, stream: Settings, split: str) -> Shards | Together:
 
 def _order(settings: Settings, shards: Shards | Together, seed: int, recipe: Recipe) -> Ordering:
     batch = recipe.data.global_batch
-    streams = default_streams(batch) if settings.streams == "auto" else settings.streams
+    remote = any(source.is_remote for source in settings.origins)
+    apart = remote and settings.sources is None and settings.resample is None
+    shuffle, streams = settings.shuffle, settings.streams
+    if shuffle == "auto":
+        shuffle = "window" if remote and settings.resample is None else "global"
+    if streams == "auto":
+        streams = default_streams(batch) if apart else 1
 
     def order(part: Shards, seed: int) -> Order:
         return Order(
             len(part),
             seed,
-            shuffle=settings.shuffle,
+            shuffle=shuffle,
             shards=part.sizes,
             window=settings.window,
             batch=batch,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from dist_train.data_shards.remote import check_address, is_remote
 from dist_train.errors import UserError, nearest
 from dist_train.recipe_sections import NAME, Section, Spec
 from dist_train.settings import short
@@ -28,8 +29,22 @@ class Origin(Section):
     """Where samples come from: a source by name, or a folder of shards."""
 
     name: str | None = Field(None, min_length=1, description="the name of a data source")
-    path: str | None = Field(None, min_length=1, description="a folder of tar shards")
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="a folder of tar shards, or an https://, s3:// or gs:// address",
+    )
+    index: str | None = Field(
+        None,
+        min_length=1,
+        description="a folder or address: where the index of a remote path stands",
+    )
     options: dict[str, Any] = Field(default={}, description="a mapping of the source's arguments")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards are behind an address."""
+        return self.path is not None and is_remote(self.path)
 
     def check_origin(self) -> None:
         """Whether exactly one of `name` and `path` is there, and is possible."""
@@ -37,8 +52,16 @@ class Origin(Section):
             raise UserError(
                 f"name: got {short(self.name)} with path {short(self.path)}, expected one of the two"
             )
-        if self.path is not None and "://" in self.path:
-            raise UserError(f"path: got {short(self.path)}, expected a folder on this machine")
+        for key, address in (("path", self.path), ("index", self.index)):
+            if address is not None and is_remote(address):
+                try:
+                    check_address(address)
+                except UserError as error:
+                    raise UserError(f"{key}: {error}") from None
+        if self.index is not None and not self.is_remote:
+            raise UserError(
+                f"index: got {short(self.index)}, expected none: the index of a folder stands in it"
+            )
         if self.path is not None and self.options:
             raise UserError(
                 f"options: got {short(self.options)}, expected none: they are for sources by name"
@@ -78,14 +101,16 @@ class Stream(Origin):
         None, min_length=1, description="a list of sources, [{path: ..., weight: 0.7}, ...]"
     )
     split: str = Field("train", pattern=NAME, description="the name of a split")
-    shuffle: Literal["global", "window", "none"] = Field(
-        "global", description="global (all samples), window (some shards at a time) or none"
+    shuffle: Literal["auto", "global", "window", "none"] = Field(
+        "auto",
+        description="global (all samples), window (some shards at a time), none, or auto: window where data are remote",
     )
     window: int = Field(
         16, ge=1, le=2**31, description="a whole number of shards open at once, 1 or more"
     )
     streams: int | Literal["auto"] = Field(
-        1, description="auto, or a whole number of parts that feed fixed rows of each batch"
+        "auto",
+        description="a whole number of parts that feed fixed rows of each batch, or auto: 1 where data are local",
     )
     resample: Annotated[Resample | None, BeforeValidator(_resample)] = Field(
         None, description="bootstrap, or {name: bootstrap, seed: ...}"
@@ -102,7 +127,11 @@ class Stream(Origin):
         """All its sources."""
         if self.sources is not None:
             return self.sources
-        return [Source(name=self.name, path=self.path, options=self.options, weight=1.0)]
+        return [
+            Source(
+                name=self.name, path=self.path, index=self.index, options=self.options, weight=1.0
+            )
+        ]
 
     def check_stream(self, global_batch: int) -> None:
         """Whether its settings agree with each other and with the batch."""
@@ -117,13 +146,25 @@ class Stream(Origin):
                 f"streams: got {self.streams}, expected auto or a divisor of global_batch "
                 f"{global_batch}: {divisors(global_batch, self.streams)}"
             )
-        if self.sources is not None and self.streams != 1:
-            raise UserError(f"streams: got {short(self.streams)}, expected 1 with several sources")
-        if self.resample is not None and (self.shuffle != "global" or self.streams != 1):
+        if self.sources is not None and self.streams not in (1, "auto"):
+            raise UserError(f"streams: got {self.streams}, expected 1 with several sources")
+        everywhere = self.shuffle in ("global", "auto") and self.streams in (1, "auto")
+        if self.resample is not None and not everywhere:
             raise UserError(
                 f"resample: got {self.resample.name}, expected none with shuffle {self.shuffle} and streams "
                 f"{self.streams}: its draws come from everywhere"
             )
+
+
+class Cache(Section):
+    """Where shards from elsewhere are kept, and how much of them."""
+
+    dir: str = Field(
+        default="~/.cache/dist-train/shards", min_length=1, description="a folder of this machine"
+    )
+    size: str = Field(
+        default="64 GiB", pattern=r"^[1-9][0-9]* ?[KMGT]iB$", description="a size like '64 GiB'"
+    )
 
 
 class Data(Stream):
@@ -148,6 +189,8 @@ class Data(Stream):
     prefetch: int = Field(
         2, ge=1, le=1024, description="a whole number of batches made ahead by each worker"
     )
+
+    cache: Cache = Field(default=Cache(), description="{dir: ..., size: 64 GiB}")
 
     @property
     def named(self) -> dict[str, Stream]:

@@ -374,7 +374,8 @@ def _same_recipe(new: Recipe, old: Recipe, path: Path) -> None:
 
     before, after = flat(old.as_dict()), flat(new.as_dict())
     for key in sorted(set(before) | set(after)):
-        spread = key.split(".")[0] in SPREAD or key.split(".")[-1] in SPREAD
+        spread = bool({key.split(".")[0], key.split(".")[-1]} & set(SPREAD))
+        spread = spread or key.startswith("data.cache.")
         if before.get(key) != after.get(key) and not spread:
             raise UserError(
                 f"--resume: {key} is {after.get(key)!r}, but {path} was begun with {before.get(key)!r};"

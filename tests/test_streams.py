@@ -61,7 +61,7 @@ FORMS = {
     "mixture": {"sources": [{"path": "small", "weight": 0.25}, {"path": "large", "weight": 0.75}]},
     "named": {"a": {"path": "small"}, "b": {"path": "large", "shuffle": "window", "window": 2}},
     "bootstrap": {"path": "large", "resample": "bootstrap"},
-    "streams": {"path": "large", "streams": "auto", "shuffle": "window"},
+    "streams": {"path": "large", "streams": 12, "shuffle": "window"},
 }
 
 
