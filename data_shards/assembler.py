@@ -16,6 +16,7 @@ from dist_train.errors import UserError, nearest
 
 SCALES = ("standard", "signed", "unit")
 Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
+"""One may say which other fields it `reads` (text, say), and of which kinds those are that it `makes`: {name: kind}."""
 
 
 class Assembler:
@@ -41,6 +42,10 @@ class Assembler:
             for spec in shards.index.fields.values()
             if spec.kind in ("image", "array", "tokens", "label")
         }
+        reads = [name for transform in transforms for name in getattr(transform, "reads", ())]
+        self.reads = tuple(dict.fromkeys([*self.kinds, *reads]))
+        for transform in transforms:
+            self.kinds |= getattr(transform, "makes", {})
 
     def tensors(self, ids: np.ndarray, epochs: np.ndarray) -> dict[str, torch.Tensor]:
         """The fields of the samples `ids` (b,), drawn for `epochs` (b,); each tensor has b rows."""
@@ -62,7 +67,7 @@ class Assembler:
         return tensors
 
     def _transformed(self, i: int, epoch: int) -> dict[str, Any]:
-        sample = self.shards.sample(i, tuple(self.kinds))
+        sample = self.shards.sample(i, self.reads)
         rng = keyed_generator(self.seed, epoch, i)
         for transform in self.transforms:
             sample = transform(sample, rng)

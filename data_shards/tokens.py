@@ -159,9 +159,15 @@ def train(kind: str, texts: Iterable[bytes], vocab_size: int | None = None) -> T
 def load(folder: str | Path) -> Tokenizer:
     """The tokenizer that stands beside a set of shards; without one a token is a byte."""
     path = Path(folder) / FILE
-    if not path.is_file():
-        return ByteTokenizer()
-    return parse(path.read_text(encoding="utf-8"), str(path))
+    return read(path) if path.is_file() else ByteTokenizer()
+
+
+def read(path: str | Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`."""
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path}: not a tokenizer that can be read: {error}") from error
 
 
 def parse(text: str, where: str) -> Tokenizer:

@@ -1,58 +1,180 @@
-"""Changes to a sample, each a pure function of (sample, generator)."""
+"""Changes to a sample, each a pure function of (sample, generator); they run in the workers, on the CPU.
+
+Images are uint8 (H, W) or (H, W, C) and stay so; `data.scale` makes them floats afterwards.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dist_train.data_shards import tokens
 from dist_train.errors import UserError, nearest
 
 Sample = dict[str, Any]
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 class RandomCrop:
     """Cut a `size` x `size` window out of the image at a random place, after padding each side with zeros.
 
-    Takes and gives sample["image"] (H, W) or (H, W, C). UserError: the padded image is smaller than the window.
+    UserError: the padded image is smaller than the window.
     """
 
     def __init__(self, size: int, padding: int = 0) -> None:
-        if size < 1 or padding < 0:
-            raise UserError(
-                f"random_crop: size {size} must be positive, padding {padding} not negative"
-            )
+        _positive("random_crop", size=size)
         self.size = size
-        self.padding = padding
+        self.pad = Pad(padding) if padding else None
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if self.pad is not None:
+            sample = self.pad(sample, rng)
+        height, width = _large_enough("random_crop", sample["image"], self.size)
+        top = int(rng.integers(height - self.size + 1))
+        left = int(rng.integers(width - self.size + 1))
+        return _window(sample, top, left, self.size, self.size)
+
+
+class CenterCrop:
+    """Cut the `size` x `size` window out of the middle of the image. UserError: the image is smaller."""
+
+    def __init__(self, size: int) -> None:
+        _positive("center_crop", size=size)
+        self.size = size
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = _large_enough("center_crop", sample["image"], self.size)
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        return _window(sample, top, left, self.size, self.size)
+
+
+class RandomResizedCrop:
+    """Cut out a window of random area and shape, and resize it to `size` x `size` (Szegedy et al. 2015).
+
+    Its area is uniform in `area` (shares of the image), the logarithm of its width / height uniform in `aspect`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        area: Sequence[float] = (0.08, 1.0),
+        aspect: Sequence[float] = (3 / 4, 4 / 3),
+    ) -> None:
+        _positive("random_resized_crop", size=size)
+        for name, (low, high) in (("area", area), ("aspect", aspect)):
+            if not 0 < low <= high or (name == "area" and high > 1):
+                raise UserError(f"random_resized_crop: {name} [{low}, {high}] is no such range")
+        self.resize = Resize([size, size])
+        self.area = (float(area[0]), float(area[1]))
+        self.aspect = (math.log(aspect[0]), math.log(aspect[1]))
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = sample["image"].shape[:2]
+        area = height * width * rng.uniform(*self.area)
+        aspect = math.exp(rng.uniform(*self.aspect))
+        wide = min(max(round((area * aspect) ** 0.5), 1), width)
+        high = min(max(round((area / aspect) ** 0.5), 1), height)
+        top, left = int(rng.integers(height - high + 1)), int(rng.integers(width - wide + 1))
+        return self.resize(_window(sample, top, left, high, wide), rng)
+
+
+class Resize:
+    """Bring the image to [height, width], or its shorter side to `size`; bilinear, and smoothed where it shrinks."""
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        sizes = [size] if isinstance(size, int) else list(size)
+        if len(sizes) not in (1, 2) or min(sizes) < 1:
+            raise UserError(f"resize: size {size} is neither a number nor [height, width]")
+        self.sizes = sizes
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        import torch
+        from torch.nn.functional import interpolate
+
+        image = sample["image"]
+        height, width = image.shape[:2]
+        if len(self.sizes) == 2:
+            target = (self.sizes[0], self.sizes[1])
+        else:
+            scale = self.sizes[0] / min(height, width)
+            target = (max(round(height * scale), 1), max(round(width * scale), 1))
+        if target == (height, width):
+            return sample
+        planes = image.reshape(height, width, -1).transpose(2, 0, 1)  # (C, H, W)
+        pixels = torch.from_numpy(np.ascontiguousarray(planes, np.float32))[None]
+        resized = interpolate(pixels, target, mode="bilinear", antialias=True)[0]
+        planes = resized.round_().clamp_(0, 255).to(torch.uint8).numpy().transpose(1, 2, 0)
+        return {**sample, "image": planes.reshape(*target, *image.shape[2:])}
+
+
+class Pad:
+    """Add `padding` pixels of the value `fill` on each side of the image."""
+
+    def __init__(self, padding: int, fill: int = 0) -> None:
+        _positive("pad", padding=padding)
+        if not 0 <= fill <= 255:
+            raise UserError(f"pad: fill {fill} is not in [0, 255]")
+        self.padding, self.fill = padding, fill
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         image = sample["image"]
-        if self.padding:
-            sides = ((self.padding, self.padding),) * 2 + ((0, 0),) * (image.ndim - 2)
-            image = np.pad(image, sides)
-        height, width = image.shape[:2]
-        if height < self.size or width < self.size:
-            raise UserError(
-                f"random_crop: an image of {height} x {width} (padding included) has no window of {self.size}"
-            )
-        top = int(rng.integers(height - self.size + 1))
-        left = int(rng.integers(width - self.size + 1))
-        return {**sample, "image": image[top : top + self.size, left : left + self.size]}
+        sides = ((self.padding, self.padding),) * 2 + ((0, 0),) * (image.ndim - 2)
+        return {**sample, "image": np.pad(image, sides, constant_values=self.fill)}
 
 
 class HorizontalFlip:
     """Mirror the image left to right with this probability."""
 
     def __init__(self, probability: float = 0.5) -> None:
-        if not 0 <= probability <= 1:
-            raise UserError(f"horizontal_flip: probability {probability} is not in [0, 1]")
+        _probability("horizontal_flip", probability)
         self.probability = probability
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.probability:
             return sample
         return {**sample, "image": sample["image"][:, ::-1]}
+
+
+class Cutout:
+    """Set a square of `size` pixels around a random pixel to `fill`, with this probability (DeVries, Taylor 2017)."""
+
+    def __init__(self, size: int, fill: int = 0, probability: float = 1.0) -> None:
+        _positive("cutout", size=size)
+        _probability("cutout", probability)
+        self.size, self.fill, self.probability = size, fill, probability
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if rng.random() >= self.probability:
+            return sample
+        image = sample["image"].copy()
+        top, left = (int(rng.integers(side)) - self.size // 2 for side in image.shape[:2])
+        image[max(top, 0) : top + self.size, max(left, 0) : left + self.size] = self.fill
+        return {**sample, "image": image}
+
+
+class ColourJitter:
+    """Change brightness, contrast and saturation, in this order, each by a factor uniform in [1 - x, 1 + x]."""
+
+    def __init__(
+        self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0
+    ) -> None:
+        self.ranges = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+        for name, extent in self.ranges.items():
+            if not 0 <= extent <= 1:
+                raise UserError(f"colour_jitter: {name} {extent} is not in [0, 1]")
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        factors = {
+            name: rng.uniform(1 - extent, 1 + extent) for name, extent in self.ranges.items()
+        }
+        pixels = sample["image"].astype(np.float32) * np.float32(factors["brightness"])
+        pixels = _mixed(np.clip(pixels, 0, 255), _grey(pixels).mean(), factors["contrast"])
+        if pixels.ndim == 3 and pixels.shape[2] == 3:
+            pixels = _mixed(pixels, _grey(pixels)[..., None], factors["saturation"])
+        return {**sample, "image": np.rint(pixels).astype(np.uint8)}
 
 
 class Standardise:
@@ -78,3 +200,61 @@ class Standardise:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         changed = {name: (sample[name] - mean) / std for name, (mean, std) in self.moments.items()}
         return {**sample, **changed}
+
+
+class Tokenise:
+    """Make `tokens` of the text in `field`, at most `length` + 1 of them: a window at a random place of longer ones.
+
+    `tokenizer` is the path of a `tokenizer.json` (see `tokens`); without one a byte is a token. A text of fewer than 2
+    tokens gets boundaries after it, so that it has a target.
+    """
+
+    makes = {"tokens": "tokens"}
+
+    def __init__(self, length: int, field: str = "text", tokenizer: str | None = None) -> None:
+        _positive("tokenise", length=length)
+        self.reads = (field,)
+        self.length = length
+        self.tokenizer: tokens.Tokenizer = tokens.ByteTokenizer()
+        if tokenizer is not None:
+            self.tokenizer = tokens.read(tokenizer)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        ids = self.tokenizer.encode(sample[self.reads[0]].encode())
+        if len(ids) < 2:
+            ids = np.append(ids, [self.tokenizer.boundary] * (2 - len(ids)))
+        start = int(rng.integers(max(len(ids) - self.length, 1)))
+        return {**sample, "tokens": ids[start : start + self.length + 1]}
+
+
+def _window(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
+    return {**sample, "image": sample["image"][top : top + height, left : left + width]}
+
+
+def _large_enough(name: str, image: np.ndarray, size: int) -> tuple[int, int]:
+    height, width = image.shape[:2]
+    if height < size or width < size:
+        raise UserError(
+            f"{name}: an image of {height} x {width} (padding included) has no window of {size}"
+        )
+    return height, width
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (H, W); an image of another number of channels is its own grey."""
+    return pixels @ GREY if pixels.ndim == 3 and pixels.shape[2] == 3 else pixels
+
+
+def _mixed(pixels: np.ndarray, base: Any, factor: float) -> np.ndarray:
+    return np.clip(base + (pixels - base) * np.float32(factor), 0, 255)
+
+
+def _positive(name: str, **values: int) -> None:
+    for argument, value in values.items():
+        if value < 1:
+            raise UserError(f"{name}: {argument} {value} must be positive")
+
+
+def _probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}: probability {value} is not in [0, 1]")

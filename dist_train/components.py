@@ -87,8 +87,15 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "transform": {
         "random_crop": "dist_train.data_shards.transforms:RandomCrop",
+        "center_crop": "dist_train.data_shards.transforms:CenterCrop",
+        "random_resized_crop": "dist_train.data_shards.transforms:RandomResizedCrop",
+        "resize": "dist_train.data_shards.transforms:Resize",
+        "pad": "dist_train.data_shards.transforms:Pad",
         "horizontal_flip": "dist_train.data_shards.transforms:HorizontalFlip",
+        "colour_jitter": "dist_train.data_shards.transforms:ColourJitter",
+        "cutout": "dist_train.data_shards.transforms:Cutout",
         "standardise": "dist_train.data_shards.transforms:Standardise",
+        "tokenise": "dist_train.data_shards.transforms:Tokenise",
     },
     "source": {
         "austen": "dist_train.data_shards.sources.named.austen:austen",

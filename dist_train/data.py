@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,16 @@ def _order(settings: Settings, shards: Shards | Together, seed: int, recipe: Rec
 
 def _transforms(settings: Settings, where: str, mode: str, shards: Shards | Together) -> list[Any]:
     statistics = shards.index.statistics
-    return [
-        components.build("transform", spec, f"{where}.transforms.{mode}.{i}", statistics=statistics)
-        for i, spec in enumerate(getattr(settings.transforms, mode))
-    ]
+    made = []
+    for i, spec in enumerate(getattr(settings.transforms, mode)):
+        place = f"{where}.transforms.{mode}.{i}"
+        part = components.resolve("transform", spec["name"], f"{place}.name")
+        if {"sample", "rng"} <= set(components.arguments(part)):  # a function, not what makes one
+            given = {key: value for key, value in spec.items() if key != "name"}
+            made.append(functools.partial(part, **given))
+        else:
+            made.append(components.build("transform", spec, place, statistics=statistics))
+    return made
 
 
 def _agreed(opened: list[Shards] | list[Shards | Together]) -> dict[str, Any]:
