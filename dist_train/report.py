@@ -146,9 +146,27 @@ def verdict(run: RunRecord) -> list[str]:
             said.append(_evaluation_verdict(run, name))
     if overfitting:
         said.append(overfitting)
+    said += _clipping(run)
     waits = [share for _, share in run.curve("data_wait")]
     if waits and statistics.mean(waits) > 0.1:
         said.append(f"{statistics.mean(waits):.0%} of the time went into waiting for data.")
+    return said
+
+
+def _clipping(run: RunRecord) -> list[str]:
+    """What `clip_gradients: {suggest: true}` found."""
+    said = []
+    for name in run.names():
+        player, slash, figure = name.rpartition("/")
+        if figure != "suggested_norm":
+            continue
+        whose = f" of the {player}" if player else ""
+        bound = _number(run.curve(name)[-1][1])
+        text = f"Clipping the gradient norm{whose} at {bound} would act on one step in 20"
+        acted = run.curve(f"{player}{slash}share_clipped")
+        if acted:
+            text += f"; the present bound acted on {acted[-1][1]:.0%} of them"
+        said.append(f"{text}.")
     return said
 
 
