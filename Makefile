@@ -36,6 +36,7 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/reader.py
+	$(BIN)/python benchmarks/start.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ class RankFailed(RuntimeError):
     """A rank ended badly. The message holds the first failure's rank and traceback."""
 
 
+def warm_up() -> None:
+    """Start the fork server, which imports torch and deepspeed, while this process still does other things."""
+    # a process cannot use CUDA if it forks from one that has asked for it, as importing DeepSpeed does
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    preload = ["dist_train.fork_server", *([] if has_gpu else ["dist_train.preload"])]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    forkserver.ensure_running()
+
+
 def start_ranks(
     count: int,
     target: Callable[..., Any],
@@ -50,12 +60,8 @@ def start_ranks(
     little. When one fails, the others are ended, and its traceback is raised. No rank outlives this process, nor does
     anything that a rank started. Raises Interrupted when a signal to this process, or to a rank, let them save and end.
     """
+    warm_up()
     context = multiprocessing.get_context("forkserver")
-    # a process cannot use CUDA if it forks from one that has asked for it, as importing DeepSpeed does
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    context.set_forkserver_preload(
-        ["dist_train.fork_server", *([] if has_gpu else ["dist_train.preload"])]
-    )
     with tempfile.TemporaryDirectory(prefix="dist-train-") as scratch:
         reader, writer = context.Pipe(duplex=False)
         guard = context.Process(target=_guard, args=(reader,), name="guard")

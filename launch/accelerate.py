@@ -5,17 +5,30 @@ The only file that knows accelerate. Its Accelerator is not used: its launcher s
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_train.errors import UserError
+from dist_train.launch.backend import Backend, Job, Status
+from dist_train.launch.local import Local, ended
+from dist_train.parent import die_with_parent
+from dist_train.restarts import begin_to_count, may_restart
 from dist_train.settings import short
+from dist_train.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe
 
+CONFIGS = Path(__file__).parent / "accelerate_configs"
+CONFIG = "accelerate.json"
+REQUEUE = 75
 STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
 UNSAID = ("", "no", "none", "auto", "false")
 """What accelerate exports where nothing was asked."""
@@ -27,6 +40,57 @@ class Asked(NamedTuple):
     key: str
     value: Any
     words: str
+
+
+class Accelerate(Backend):
+    """`--on accelerate`: the ranks of this machine, in the background, started by accelerate.
+
+    Its configuration says how many; strategy and precision stay the recipe's.
+    """
+
+    takes = Local.takes
+
+    def __init__(self) -> None:
+        self._local = Local("dist_train.launch.accelerate")
+
+    def check(self, job: Job, dry_run: bool) -> None:
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError("--on accelerate: needs it: pip install 'dist-train[accelerate]'")
+        self._local.check(job, dry_run)
+
+    def render(self, job: Job) -> dict[str, str]:
+        settings = read_yaml((CONFIGS / "ddp.yaml").read_bytes(), "ddp.yaml")
+        # as JSON, for accelerate would read our `no` as false
+        return {CONFIG: json.dumps(settings | {"num_processes": job.spec.ranks}, indent=2) + "\n"}
+
+    def submit(self, job: Job) -> str:
+        return self._local.submit(job)
+
+    def status(self, job: Job) -> Status:
+        return self._local.status(job)
+
+    def cancel(self, job: Job) -> None:
+        self._local.cancel(job)
+
+
+def main(run_dir: str) -> int:
+    """Run a submitted job to its end, started again as long as that leads on."""
+    job = Job.read(Path(run_dir))
+    launch = [job.python, "-m", "accelerate.commands.launch", "--config_file", CONFIG]
+    command = [*launch, "--main_process_port", "0", *job.train_command()[1:]]
+    begin_to_count(job.run_dir)
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    while True:
+        process = subprocess.Popen(command, cwd=job.run_dir, preexec_fn=die_with_parent)
+        while (code := process.poll()) is None:
+            if asked:
+                process.terminate()  # accelerate hands it on to the ranks, which save
+            time.sleep(0.2)
+        if asked and code:
+            code = REQUEUE
+        if code in (0, REQUEUE) or not may_restart(job.run_dir, job.spec.max_restarts):
+            return ended(job, code)
 
 
 def adopt(recipe: Recipe, environ: Mapping[str, str]) -> Recipe:
@@ -162,3 +226,7 @@ def _differ(key: str, ours: Any, words: str, of: str = "") -> UserError:
     return UserError(
         f"{key}: the recipe says {short(ours)}{of}, accelerate says {words}; expected them to agree"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

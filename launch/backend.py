@@ -17,6 +17,7 @@ from dist_train.launch.spec import Spec
 from dist_train.run_directory import write_file
 
 BACKENDS = {
+    "accelerate": "dist_train.launch.accelerate:Accelerate",
     "local": "dist_train.launch.local:Local",
     "ray": "dist_train.launch.ray:Ray",
 }

@@ -22,10 +22,13 @@ class Local(Backend):
 
     takes = frozenset({"nodes", "gpus_per_node", "ranks_per_node"})
 
+    def __init__(self, supervisor: str = "dist_train.launch.local") -> None:
+        self.supervisor = supervisor
+
     def check(self, job: Job, dry_run: bool) -> None:
         if job.spec.nodes != 1:
             raise UserError(
-                f"--nodes {job.spec.nodes}: --on local has this one machine, expected 1"
+                f"--nodes {job.spec.nodes}: --on {job.spec.on} has this one machine, expected 1"
             )
 
     def render(self, job: Job) -> dict[str, str]:
@@ -71,9 +74,8 @@ class Local(Backend):
             raise UserError(f"{job.run_dir}: is not running ({self.status(job).state})")
         os.kill(pid, signal.SIGTERM)
 
-    @staticmethod
-    def _command(job: Job) -> list[str]:
-        return [job.python, "-m", "dist_train.launch.local", str(job.run_dir)]
+    def _command(self, job: Job) -> list[str]:
+        return [job.python, "-m", self.supervisor, str(job.run_dir)]
 
 
 def _pid(job: Job) -> int | None:
@@ -103,6 +105,11 @@ def main(run_dir: str) -> int:
             *("--max-restarts", str(job.spec.max_restarts)),
         ]
     )
+    return ended(job, code)
+
+
+def ended(job: Job, code: int) -> int:
+    """Write down with which code a job ended; returns it."""
     write_file(job.run_dir / ENDED, json.dumps({"code": code}).encode())
     return code
 

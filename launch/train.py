@@ -61,6 +61,7 @@ def train(
     Under torchrun, accelerate launch or deepspeed each process joins as the rank that it was given.
     """
     from dist_train.launch.accelerate import adopt
+    from dist_train.ranks import warm_up
     from dist_train.recipe import Recipe
 
     resolved = adopt(Recipe.load(recipe, settings or ()), os.environ)
@@ -76,6 +77,9 @@ def train(
             f"--ranks {ranks}: this process is one of the {os.environ['WORLD_SIZE']} ranks of a launcher "
             "(WORLD_SIZE is set), expected one of the two"
         )
+
+    if ranks is not None:
+        warm_up()  # which imports what ranks need, while this process imports what checks need
 
     from dist_train import run
     from dist_train.parent import die_with_parent

@@ -64,6 +64,21 @@ def test_other_launchers_make_the_same_run(
     assert_same_run(run, tmp_path / launcher)
 
 
+def test_launch_on_accelerate_makes_the_same_run(ours: tuple[Path, Path], tmp_path: Path) -> None:
+    """In the background; the command only looks on."""
+    recipe, run = ours
+    words = ["launch", str(recipe), "--on", "accelerate", "--ranks-per-node", "2", "--follow"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_train", *words, "--run-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(run, tmp_path / "run")
+
+
 def test_a_script_needs_no_main_guard() -> None:
     """Ranks do not run the user's script again: it may even come from standard input."""
     script = "from os import getpid\nfrom dist_train.ranks import start_ranks\nprint(len(start_ranks(2, getpid)))\n"
