@@ -171,7 +171,7 @@ class EvaluationBatches:
         prefetch: int = 2,
     ) -> None:
         lengths = {name: len(assembler.shards) for name, assembler in assemblers.items()}
-        samples = next(iter(lengths.values()))
+        self.samples = samples = next(iter(lengths.values()))
         if set(lengths.values()) != {samples}:
             told = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise UserError(

@@ -69,6 +69,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "console": "dist_train.callbacks.console:Console",
         "wandb": "dist_train.callbacks.wandb:WandbMirror",
         "samples": "dist_train.callbacks.samples:Samples",
+        "dead_units": "dist_train.callbacks.dead_units:DeadUnits",
         "confusion": "dist_train.callbacks.confusion:Confusion",
     },
     "metric": {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.charts import Line, line_chart
+from dist_train.diagnosis import diagnose
 from dist_train.errors import UserError
 from dist_train.run_directory import RunDirectory, scrub, write_file
 from dist_train.yaml_text import read_yaml
@@ -131,21 +132,21 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def verdict(run: RunRecord) -> list[str]:
-    """Sentences on the run's curves: falling, flat or diverged; the best evaluation; over-fitting; what held it up."""
+    """Sentences on the run's curves: falling, flat or diverged; the best evaluation; what is wrong and its remedy;
+    what held it up."""
     losses = run.losses()
-    overfitting = _overfitting(run)
+    findings = diagnose(run.rows)
     said = [_loss_verdict(run, name) for name in losses]
     if len(losses) > 1:
         said.append(
             "Losses of players that work against each other need not fall: judge by the samples."
         )
-    elif not overfitting and said and said[0].endswith("falling at the end."):
+    elif not findings and said and said[0].endswith("falling at the end."):
         said.append("A longer run may gain more.")
     for name in run.names():
         if name.startswith(EVALUATE) and run.curve(name):
             said.append(_evaluation_verdict(run, name))
-    if overfitting:
-        said.append(overfitting)
+    said += map(str, findings)
     said += _clipping(run)
     waits = [share for _, share in run.curve("data_wait")]
     if waits and statistics.mean(waits) > 0.1:
@@ -207,26 +208,6 @@ def _evaluation_verdict(run: RunRecord, name: str) -> str:
         else f"; it ended at {_number(curve[-1][1])}"
     )
     return f"Evaluation {plain}: best {_number(value)} at step {step:,.0f}{last}."
-
-
-def _overfitting(run: RunRecord) -> str | None:
-    """Whether the evaluation loss rose from its lowest point while the training loss went on falling."""
-    name = f"{EVALUATE}loss"
-    if len(run.curve(name)) < 3 or len(run.losses()) != 1:
-        return None
-    step, lowest = run.best(name)
-    end = run.curve(name)[-1][1]
-    training = run.curve(run.losses()[0])
-    before = [value for at, value in training if at <= step]
-    after = [value for at, value in training if at > step]
-    if not before or not after or end <= lowest + 0.02 * abs(lowest):
-        return None
-    if _end(after, -1) >= _end(before, -1):
-        return None
-    return (
-        f"Over-fitting since step {step:,.0f}: the evaluation loss rose from {_number(lowest)} to "
-        f"{_number(end)} while the training loss went on falling. Stop earlier, or regularise more."
-    )
 
 
 def _end(values: Sequence[float], side: int) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from dist_train import faults, run
 from dist_train.callbacks import Callback
+from dist_train.models.mlp import MLP
 from dist_train.objectives.classification import Classification
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
@@ -268,9 +269,23 @@ def train_cases(cases: list[list[Any]]) -> None:
         train_case(settings, run_dir, "", resume)
 
 
+def alive() -> MLP:
+    """For 8 x 8 digits."""
+    return MLP(64, 10, depth=1, width=16)
+
+
+def half_dead() -> MLP:
+    """The same, but half of the hidden units are never above 0."""
+    model = alive()
+    with torch.no_grad():
+        model.hidden[0][0].bias[:8] = -1e3
+    return model
+
+
 def confusion_run(data: str, folder: str) -> None:
     """A few steps and one evaluation with its confusion matrix."""
     recipe = tiny_recipe("resnet", data, duration="3 steps", callbacks__confusion={})
+    recipe = recipe.set("callbacks.console", {})
     evaluate = {"split": "test", "every": "3 steps", "metrics": ["accuracy"], "micro_batch": 7}
     run.train(recipe.set("evaluate", evaluate), run_dir=folder)
 

@@ -139,6 +139,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "run_directory",
         "meter",
         "metrics",
+        "diagnosis",
         "schedules",
         "optimizers",
         "parameter_groups",

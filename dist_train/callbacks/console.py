@@ -127,7 +127,7 @@ def summary(run: Trainer) -> list[Text]:
         f"{run.total_steps:,} steps = {epochs:,.4g} epochs of {run.samples_per_epoch:,} samples"
     )
     if run.evaluation is not None:
-        length += f", evaluated on {len(run.evaluation.assembler.shards):,}"
+        length += f", evaluated on {run.evaluation.samples:,}"
     facts = [
         ("run", str(run.directory.path)),
         ("world", f"{ranks} on {world.device.partition(':')[0]}, {recipe.precision}"),
