@@ -21,7 +21,7 @@ from dist_train.callbacks.stragglers import Stragglers
 from dist_train.data import RunData, data_folders, evaluation_batches
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
-from dist_train.errors import CheckpointError, UserError
+from dist_train.errors import CheckpointError, Interrupted, UserError
 from dist_train.initialisation import initialise
 from dist_train.metrics import Metric
 from dist_train.objectives import Objective
@@ -171,10 +171,10 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
             resume = "auto"
         trainer = build(recipe, world, directory, options.overfit, options.micro_order, model)
         try:
-            begin(trainer, resume)
-            with _watched(trainer):
-                trainer.train(until=options.until)
-            trainer.callbacks.call("run_ends", trainer)
+            with trainer.interruption.heeded():
+                _go(trainer, options.until, resume)
+        except Interrupted:
+            raise
         except BaseException as error:
             trainer.callbacks.call("failed", trainer, error)
             raise
@@ -189,6 +189,18 @@ def _collective_timeout(recipe: Recipe) -> timedelta:
     if "DIST_TRAIN_TIMEOUT" in os.environ:
         return COLLECTIVE_TIMEOUT
     return timedelta(seconds=2 * recipe.watch.hang_after)
+
+
+def _go(trainer: Trainer, until: int | None, resume: str | None) -> None:
+    """From where the run is to its end, or to where it is told to end."""
+    begin(trainer, resume)
+    try:
+        with _watched(trainer):
+            trainer.train(until=until)
+    except Interrupted:
+        trainer.callbacks.call("run_ends", trainer)
+        raise
+    trainer.callbacks.call("run_ends", trainer)
 
 
 def _watched(trainer: Trainer) -> AbstractContextManager[None]:

@@ -14,9 +14,10 @@ from dist_train.callbacks import Callbacks
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.duration import Every
 from dist_train.engine import Engine, Slice
-from dist_train.errors import CheckpointError, UserError, nearest
+from dist_train.errors import CheckpointError, Interrupted, UserError, nearest
 from dist_train.faults import faultpoint
 from dist_train.heartbeat import Heartbeat
+from dist_train.interruption import Interruption
 from dist_train.meter import Meter
 from dist_train.metrics import Metric, figures
 from dist_train.networks import Networks
@@ -36,6 +37,7 @@ class Trainer:
         engines: by player. scalars: scheduled values by name, as objectives see them.
         batch: this rank's micro-batches of the present step. losses: this rank's share of its loss, by player.
         best: `{"step", "value"}` of the best evaluation so far. stopping: why the run ends early, or "".
+        saved: the step of the newest checkpoint. interruption: whether a signal has told the run to end.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Trainer:
         self.stopping = ""
         self.data_wait = 0.0
         self.heartbeat = Heartbeat()
+        self.interruption = Interruption(world)
+        self.saved = 0
         self._networks = {
             name: player for player, specs in recipe.networks.items() for name in specs
         }
@@ -119,6 +123,8 @@ class Trainer:
     def _fetch(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         batches = iter(self.data.from_(self.step, self.until))
         while True:
+            if self.step < self.until and self.interruption.reached():
+                self._save_and_leave()
             self.heartbeat.enter("data", self.step + 1)
             asked = time.perf_counter()
             try:
@@ -129,6 +135,15 @@ class Trainer:
                 batch = [micro.to(self.world.device) for micro in batch]
             self.data_wait += time.perf_counter() - asked
             yield step, batch[::-1] if self._reversed else batch
+
+    def _save_and_leave(self) -> None:
+        if self.step != self.saved:
+            self.save()
+        raise Interrupted(
+            f"{self.interruption.reason}: saved at step {self.step} of {self.total_steps},"
+            f" go on with: dist-train train {self.directory.path} --resume {self.directory.path}",
+            self.interruption.code,
+        )
 
     def _batch_weight(self, batch: list[MicroBatch]) -> float | Tensor:
         """The weight of the global batch, known before backward on every rank (law 3)."""
@@ -300,6 +315,7 @@ class Trainer:
             self.world.rank :: self.world.size
         ]
         checkpoint.save(self.directory.checkpoints, self.step, mine, values, self.world)
+        self.saved = self.step
 
     def load(self, reader: checkpoint.Reader) -> None:
         """Become the run that the checkpoint holds; callbacks' tensors follow in `load_callbacks`."""
@@ -310,7 +326,7 @@ class Trainer:
                 f" now {self.fingerprint[:12]})"
             )
         self.load_weights(reader)
-        self.step = reader.step
+        self.step = self.saved = reader.step
         self.seconds, self.best, self.stopping = (
             values["seconds"],
             values["best"],

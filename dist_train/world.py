@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,12 +43,16 @@ class World:
     ) -> World:
         """Take the place that the launcher (torchrun, accelerate, deepspeed, ours) gave in RANK, WORLD_SIZE, ....
 
-        Without those variables this process is the whole world. `group` asks for a process group even then (DeepSpeed
-        cannot do without one). A collective fails after `timeout`, by default COLLECTIVE_TIMEOUT.
+        A task of plain `srun` takes it from Slurm's own variables. Without any of those this process is the whole world.
+        `group` asks for a process group even then (DeepSpeed cannot do without one). A collective fails after `timeout`,
+        by default COLLECTIVE_TIMEOUT.
         """
         import torch
         import torch.distributed as dist
 
+        place = slurm_place(environ)
+        os.environ.update(place)  # where torch looks for MASTER_ADDR
+        environ = {**environ, **place}
         rank, size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         local_rank = int(environ.get("LOCAL_RANK", rank))
         local_size = int(
@@ -75,6 +80,15 @@ class World:
                 timeout=timeout,
             )
         return cls(rank, size, local_rank, local_size, device)
+
+    def store(self, name: str) -> Any:
+        """A part of the store by which the ranks found each other, for messages beside the collectives; None for one rank."""
+        if self.size == 1:
+            return None
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _get_default_store  # nothing public gives it
+
+        return dist.PrefixStore(name, _get_default_store())
 
     def leave(self) -> None:
         """End this process's part in the process group, if there is one."""
@@ -133,6 +147,29 @@ class World:
 
 
 LOOPBACK = ("127.", "localhost", "::1")
+
+
+def slurm_place(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a task of `srun`; nothing elsewhere."""
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {}
+    tasks: list[str] = []  # of each node: "4(x2),3" is 4, 4, 3
+    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        tasks += [count] * int(times or 1)
+    place = {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks[int(environ["SLURM_NODEID"])],
+    }
+    if "MASTER_ADDR" not in environ:
+        show = ["scontrol", "show", "hostnames", environ["SLURM_STEP_NODELIST"]]
+        names = subprocess.run(show, capture_output=True, text=True, check=True, timeout=60).stdout
+        place["MASTER_ADDR"] = names.split()[0]
+    if "MASTER_PORT" not in environ:  # below the ports that outgoing connections take
+        place["MASTER_PORT"] = str(20000 + int(environ["SLURM_JOB_ID"]) % 12000)
+    return place
 
 
 def threads_a_rank(setting: str | int, local_size: int) -> int:

@@ -19,6 +19,7 @@ from dist_train.run_directory import write_file
 BACKENDS = {
     "accelerate": "dist_train.launch.accelerate:Accelerate",
     "local": "dist_train.launch.local:Local",
+    "slurm": "dist_train.launch.slurm:Slurm",
     "ray": "dist_train.launch.ray:Ray",
 }
 """{name: class}. The modules import nothing foreign before a method needs it: --dry-run is quick."""

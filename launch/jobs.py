@@ -14,6 +14,7 @@ from dist_train.launch.preflight import check_directory, check_recipe
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import make_spec
 from dist_train.recipe import Recipe
+from dist_train.restarts import begin_to_count
 from dist_train.run_directory import RUNS, RunDirectory, write_file
 
 ENDED = ("done", "failed", "interrupted", "cancelled", "unknown")
@@ -47,6 +48,8 @@ class Prepared:
                 write_file(job.member(number) / "recipe.yaml", member.to_yaml().encode())
         for path, content in self.backend.render(job).items():
             write_file(job.run_dir / path, content.encode())
+        for run_dir in job.run_dirs:
+            begin_to_count(run_dir)
         job.submitted = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         job.write()
         job.id = self.backend.submit(job)

@@ -178,7 +178,7 @@ def _check(name: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: got {short(value)}, expected {expected}")
     texts = [value, *value] if isinstance(value, list) else [value]
     for text in [*texts, *(value.values() if isinstance(value, dict) else ())]:
-        if isinstance(text, str) and re.search(r"[\x00-\x1f\x7f]", text):
+        if isinstance(text, str) and re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
             raise UserError(
                 f"{where}: got {short(text)}, expected one line without control characters"
             )

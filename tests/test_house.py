@@ -137,6 +137,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "recipe_sections",
         "strategies",
         "run_directory",
+        "interruption",
         "meter",
         "metrics",
         "diagnosis",
