@@ -82,7 +82,7 @@ class World:
         return cls(rank, size, local_rank, local_size, device)
 
     def store(self, name: str) -> Any:
-        """A part of the store by which the ranks found each other, for messages beside the collectives; None for one rank."""
+        """The store by which the ranks found each other, for messages beside the collectives; None for one rank."""
         if self.size == 1:
             return None
         import torch.distributed as dist

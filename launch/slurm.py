@@ -52,7 +52,7 @@ class Slurm(Backend):
     def render(self, job: Job) -> dict[str, str]:
         import jinja2
 
-        page = jinja2.Environment(  # noqa: S701: a script is no page of HTML; `word` and `directive` quote
+        page = jinja2.Environment(  # a script is no page of HTML: `word` and `directive` quote
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -104,12 +104,14 @@ def options(job: Job) -> list[tuple[str, Any]]:
         "ntasks-per-node": spec.local_ranks,
         "gpus-per-node": spec.gpus_per_node or None,
         "cpus-per-task": spec.cpus_per_rank,
-        "output": str(job.log if not spec.array else job.log.with_name("job-%a.log")),
+        "output": str(job.log).replace("%", "%%"),
         "open-mode": "append",
         "signal": f"USR2@{spec.notice}",
         "export": exported or "NIL",
         **{name.replace("_", "-"): getattr(spec, name) for name in OPTIONS},
     }
+    if spec.array:
+        found["output"] = found["output"].removesuffix(".log") + "-%a.log"
     for name in spec.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(

@@ -1,0 +1,212 @@
+"""A real Slurm of two nodes: whatever ends a job early, the run goes on, to the same bits as the unbroken one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import cases
+import pytest
+from slurm_cluster import Cluster, missing, wait_for
+
+from dist_train.launch import jobs
+from dist_train.launch.backend import Job
+from dist_train.recipe import Recipe
+from dist_train.run import train
+from dist_train.run_directory import RunDirectory
+from dist_train.testing import assert_same_run
+
+GATE = '''
+import os, time
+from dist_train.callbacks import Callback
+
+class Gate(Callback):
+    """In a job, wait after step 8 until the test opens the gate, or a signal does."""
+
+    def step_ends(self, run):
+        path = run.directory.path
+        if run.step == 8 and "SLURM_JOB_ID" in os.environ:
+            (path / "at-the-gate").touch()
+            while not ((path / "open").exists() or run.interruption.reason):
+                time.sleep(0.05)
+'''
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    why = missing()
+    if why and "slurm" not in os.environ.get("DIST_TRAIN_TESTS_MUST_HAVE", ""):
+        pytest.skip(f"no Slurm here: {why}")
+    assert not why
+    with (
+        Cluster(tmp_path_factory.mktemp("slurm") / "cluster").running() as one,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PATH", one.environ["PATH"])
+        patch.setenv("SLURM_CONF", one.environ["SLURM_CONF"])
+        yield one
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """12 steps, a checkpoint each 6, with a callback of the user's own project."""
+    project = tmp_path_factory.mktemp("project")
+    (project / "gated.py").write_text(GATE)
+    plan = cases.tiny_recipe("resnet", tiny_data, duration="12 steps").set("log.every", "1 step")
+    plan = plan.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
+    return Recipe.restore(
+        plan.set("callbacks.gate", {"name": "gated:Gate"}).as_dict(), "tiny", project
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(
+        train(recipe, run_dir=tmp_path_factory.mktemp("unbroken") / "run", ranks=2)["run_dir"]
+    )
+
+
+def launch(recipe: Recipe, run_dir: Path, **flags: object) -> Job:
+    """Two nodes, a rank each, if not asked otherwise."""
+    settings = {"on": "slurm", "nodes": 2, "env": ["SLURM_CONF"], "notice": 60} | flags
+    prepared = jobs.prepare(recipe, settings, run_dir)
+    prepared.submit()
+    return prepared.job
+
+
+def at_the_gate(job: Job) -> None:
+    wait_for(lambda: (job.run_dir / "at-the-gate").exists(), _told(job))
+
+
+def ended(cluster: Cluster, job: Job, state: str = "COMPLETED") -> None:
+    def over() -> bool:
+        return cluster.state(job.id) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+    wait_for(over, _told(job))
+    assert cluster.state(job.id) == state, _told(job)
+
+
+def _told(job: Job) -> str:
+    return job.log.read_text() if job.log.exists() else "no output"
+
+
+def assert_as_unbroken(unbroken: Path, run_dir: Path) -> None:
+    """The same bits, one row a step, and nobody left over."""
+    assert_same_run(unbroken, run_dir)
+    assert [row["step"] for row in RunDirectory(run_dir).rows()] == list(range(1, 13))
+    wait_for(lambda: not processes_of(run_dir), "the last process's end", 10)
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Processes that have the run's directory in their environment or command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(folder.name) != os.getpid() and (
+                str(run_dir).encode()
+                in (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+            ):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_two_nodes_under_zero_2(
+    cluster: Cluster, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also: a path that needs quoting, and a secret that travels without being written anywhere."""
+    monkeypatch.setenv("WANDB_API_KEY", "canary-0123456789")
+    zero = recipe.set("strategy", "zero2")
+    whole = Path(train(zero, run_dir=tmp_path / "whole", ranks=2)["run_dir"])
+    job = launch(zero.set("callbacks.gate", None), tmp_path / "to quote: 100% $HOME")
+    ended(cluster, job)
+    assert_as_unbroken(whole, job.run_dir)
+    status = jobs.statuses(str(job.run_dir))[job.run_dir.name]
+    assert status["state"] == "done"
+    for file in job.run_dir.rglob("*"):
+        assert not file.is_file() or b"canary" not in file.read_bytes(), file
+
+
+def test_scancel_saves_and_the_run_can_go_on(
+    cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path
+) -> None:
+    job = launch(recipe, tmp_path / "run")
+    at_the_gate(job)
+    jobs.cancel(str(job.run_dir))
+    ended(cluster, job, "CANCELLED")
+    wait_for(lambda: not processes_of(job.run_dir), "its end", 30)
+    assert (job.run_dir / "checkpoints" / "step-00000008").is_dir(), _told(job)
+    assert jobs.statuses(str(job.run_dir))["run"]["state"] == "cancelled"
+    (job.run_dir / "open").touch()
+    ended(cluster, launch(recipe, job.run_dir))
+    assert_as_unbroken(unbroken, job.run_dir)
+
+
+def test_requeue(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
+    job = launch(recipe, tmp_path / "run")
+    at_the_gate(job)
+    cluster.ask("scontrol", "requeue", job.id)
+    (job.run_dir / "open").touch()
+    ended(cluster, job)
+    assert_as_unbroken(unbroken, job.run_dir)
+
+
+def test_preemption(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
+    """By a job of a partition that may take the nodes; Slurm requeues, and nobody else does."""
+    job = launch(recipe, tmp_path / "run")
+    at_the_gate(job)
+    other = cluster.ask(
+        *("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null"),
+        *("--wrap", "true"),
+    )
+    wait_for(lambda: cluster.state(other.strip()) == "COMPLETED", "the other job")
+    (job.run_dir / "open").touch()
+    ended(cluster, job)
+    assert_as_unbroken(unbroken, job.run_dir)
+    assert (job.run_dir / "checkpoints" / "step-00000006").is_dir()
+    assert (
+        len(cluster.ask("squeue", "-h", "-t", "all", "-n", "resnet", "-o", "%i %T %r").split()) > 0
+    )
+
+
+def test_time_limit(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
+    """The signal before the limit: saved there, and back in the queue once by our own hand."""
+    job = launch(recipe, tmp_path / "run")
+    at_the_gate(job)
+    cluster.ask("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
+    wait_for(lambda: cluster.state(job.id) == "PENDING", _told(job))
+    assert (job.run_dir / "checkpoints" / "step-00000008").is_dir(), _told(job)
+    cluster.ask("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    (job.run_dir / "open").touch()
+    ended(cluster, job)
+    assert_as_unbroken(unbroken, job.run_dir)
+    assert "Restarts=1 " in cluster.ask("scontrol", "show", "job", "-o", job.id)
+
+
+def test_node_crash(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
+    job = launch(recipe, tmp_path / "run")
+    at_the_gate(job)
+    cluster.crash("n2")
+    wait_for(lambda: cluster.state(job.id) != "RUNNING", "the crash to be noticed")
+    cluster.start("n2")
+    (job.run_dir / "open").touch()
+    ended(cluster, job)
+    assert_as_unbroken(unbroken, job.run_dir)
+
+
+def test_array(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """Four members that differ by their seed, one process each."""
+    plain = recipe.set("callbacks.gate", None)
+    job = launch(plain, tmp_path / "run", nodes=1, array="0-3")
+
+    def over() -> bool:
+        return jobs.statuses(str(job.run_dir))["run"]["state"] in jobs.ENDED
+
+    wait_for(over, "the members' end")
+    assert jobs.statuses(str(job.run_dir))["run"]["state"] == "done"
+    for number in range(4):
+        member = plain.set("seed", plain.seed + number)
+        whole = train(member, run_dir=tmp_path / f"whole-{number}")["run_dir"]
+        assert_as_unbroken(Path(whole), job.member(number))
