@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,11 @@ class Slurm(Backend):
             slurm("sbatch", "--test-only", content=script)
 
     def render(self, job: Job) -> dict[str, str]:
-        import jinja2
-
-        page = jinja2.Environment(  # a script is no page of HTML: `word` and `directive` quote
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        page.filters |= {"word": shlex.quote, "directive": directive}
         spec = job.spec
         containers = {"image": spec.container_image, "mounts": spec.container_mounts}
         words = [f"--container-{key}={value}" for key, value in containers.items() if value]
         return {
-            SCRIPT: page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+            SCRIPT: _template().render(
                 name=job.name,
                 options=options(job),
                 setup=spec.setup,
@@ -92,6 +84,20 @@ class Slurm(Backend):
 
     def cancel(self, job: Job) -> None:
         slurm("scancel", *job.id.split(","))
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    page = jinja2.Environment(  # a script is no page of HTML: `word` and `directive` quote
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page.filters |= {"word": shlex.quote, "directive": directive}
+    return page.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def options(job: Job) -> list[tuple[str, Any]]:
