@@ -77,10 +77,10 @@ class Assembler:
         if isinstance(values, np.ndarray):
             return torch.from_numpy(values)
         for i, value in zip(ids.tolist(), values, strict=True):
-            if value.shape != values[0].shape:
+            if (value.shape, value.dtype) != (values[0].shape, values[0].dtype):
                 raise UserError(
-                    f"{self.shards.where(i)}, field '{name}': has shape {value.shape}, "
-                    f"another of its batch {values[0].shape}; bring them to one shape when packing, or crop"
+                    f"{self.shards.where(i)}, field '{name}': has shape {value.shape} of {value.dtype}, another of its "
+                    f"batch {values[0].shape} of {values[0].dtype}; bring them to one when packing, or crop"
                 )
         return torch.from_numpy(np.stack(values))
 

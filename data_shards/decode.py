@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.data_shards.pictures import SUFFIXES as PICTURES
+from dist_train.data_shards.pictures import decode_picture
 from dist_train.errors import UserError
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
 NAMES = {"cls": "label", "txt": "text", **dict.fromkeys(PICTURES, "image")}
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def field_name(suffix: str) -> str:
@@ -55,23 +55,6 @@ def decode_npy(view: memoryview) -> np.ndarray:
         raise ValueError(f"{shape} of {dtype} needs {count * dtype.itemsize} bytes")
     array = np.frombuffer(view, dtype, count, start)
     return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
-
-
-def decode_picture(view: memoryview, channels: int | None = None) -> np.ndarray:
-    """Decode a PNG, JPEG or WebP to uint8 (H, W, C), with the image's own C or the one asked for (1, 3 or 4)."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UserError("pictures need Pillow: pip install 'dist-train[data]'") from error
-    try:
-        with Image.open(io.BytesIO(view), formats=("PNG", "JPEG", "WEBP")) as picture:
-            if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
-                raise ValueError(f"mode {picture.mode} has more than 8 bits: store it as .npy")
-            own = {"1": "L", "L": "L", "RGBA": "RGBA"}.get(picture.mode, "RGB")
-            pixels = np.asarray(picture.convert(MODES[channels] if channels else own))
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
-    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 DECODERS: dict[str, Callable[[memoryview], Any]] = {

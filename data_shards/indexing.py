@@ -159,10 +159,11 @@ def _shard(path: Path, table: np.ndarray) -> Shard:
 
 def _leave_out(folder: Path, index: Index, strict: bool) -> None:
     """Decode every sample; those that cannot be are an error, or lose their row in the table of their shard."""
+    dtypes: dict[str, np.dtype | None] = {}
     for split, shards in list(index.splits.items()):
         kept = []
         for shard in shards:
-            damaged = undecodable(folder, split, shard, index)
+            damaged = undecodable(folder, split, shard, index, dtypes)
             if damaged and strict:
                 raise UserError(next(iter(damaged.values())))
             if damaged:

@@ -12,6 +12,7 @@ import torch
 
 from dist_train.data_shards import decode, tar
 from dist_train.data_shards.index import Index, Shard
+from dist_train.data_shards.pictures import decode_picture
 from dist_train.data_shards.storage import Bucket, Folder, Storage
 from dist_train.errors import UserError, nearest
 
@@ -153,7 +154,7 @@ class Shards:
         try:
             if kind in decode.PICTURES:
                 shape = self.index.fields[suffix].shape
-                return decode.decode_picture(view, shape[2] if shape else None)
+                return decode_picture(view, shape[2] if shape else None)
             return decode.DECODERS.get(kind, bytes)(view)
         except UserError:
             raise

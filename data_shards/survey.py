@@ -21,8 +21,10 @@ WIDEST = 4096
 """Float arrays with a longer last axis have no statistics."""
 
 
-def undecodable(folder: Path, split: str, shard: Shard, index: Index) -> dict[int, str]:
-    """{row of the table: what is wrong} of the samples of one shard that cannot be decoded."""
+def undecodable(
+    folder: Path, split: str, shard: Shard, index: Index, dtypes: dict[str, np.dtype | None]
+) -> dict[int, str]:
+    """{row of the table: what is wrong} of the samples of one shard that cannot be decoded, or have other `dtypes`."""
     shards = Shards(folder, split, dataclasses.replace(index, splits={split: [shard]}))
     limit = len(index.classes) or MOST_CLASSES
     found = {}
@@ -32,6 +34,12 @@ def undecodable(folder: Path, split: str, shard: Shard, index: Index) -> dict[in
             label = sample.get("label", 0)
             if isinstance(label, int) and not 0 <= label < limit:
                 raise UserError(f"{shards.where(i)}: label {label} is not in [0, {limit})")
+            for name, value in sample.items():
+                dtype = value.dtype if isinstance(value, np.ndarray) else None
+                if dtypes.setdefault(name, dtype) != dtype:
+                    raise UserError(
+                        f"{shards.where(i)}, field '{name}': is {dtype}, that of others {dtypes[name]}"
+                    )
         except UserError as error:
             found[i] = str(error)
     return found
@@ -90,7 +98,12 @@ def _survey_arrays(index: Index, shards: Any, spec: Field) -> None:
     shapes: set[tuple[int, ...]] = set()
     ids = np.linspace(0, len(shards) - 1, min(len(shards), SURVEYED)).astype(np.int64).tolist()
     for i in ids:
-        shapes.add(shards.value(i, spec.name).shape)
+        array = shards.value(i, spec.name)
+        if str(array.dtype) != spec.dtype:
+            raise UserError(
+                f"{shards.where(i)}, field '{spec.name}': is {array.dtype}, that of the first sample {spec.dtype}"
+            )
+        shapes.add(array.shape)
     if len({len(shape) for shape in shapes}) > 1:
         return
     spec.shape = [

@@ -35,6 +35,7 @@ FOREIGN = {
     "ray": {"launch/ray.py"},
     "ruamel": {"dist_train/yaml_text.py"},
     "pyarrow": {"data_shards/sources/tables.py"},
+    "simplejpeg": {"data_shards/pictures.py"},
     "sklearn": {"data_shards/sources/named/scikit_learn.py"},
     "tokenizers": {"data_shards/tokens.py"},
     "wandb": {"dist_train/callbacks/wandb.py"},

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dist_train.data_shards import tar
+from dist_train.data_shards.decode import encode
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import check, index_shards, split_names
 from dist_train.data_shards.reader import Shards
@@ -304,6 +305,18 @@ def test_samples_that_are_wrong_are_left_out(tmp_path: Path) -> None:
     for said in ("'0' appears again", "'x' at byte", "'1', field 'label'", "label 7", "label -1"):
         assert said in reasons
     assert check(folder) == []
+
+
+def test_arrays_of_another_dtype_are_named(tmp_path: Path) -> None:
+    arrays = [np.zeros(3, np.float32)] * 4 + [np.zeros(3)] + [np.zeros(3, np.float32)] * 2
+    files = [(f"{i}.x.npy", encode("npy", array)) for i, array in enumerate(arrays)]
+    tar_of(tmp_path / "0.tar", files)
+    with error("0.tar: sample '4', field 'x': is float64, that of the first sample float32"):
+        index_shards(tmp_path)
+    with error("0.tar: sample '4', field 'x': is float64, that of others float32"):
+        index_shards(tmp_path, decode_all=True)
+    index = index_shards(tmp_path, decode_all=True, on_damage="skip")
+    assert index.samples("train") == 6 and index.left_out[0].samples == 1
 
 
 def test_a_million_claims_are_bounded(tmp_path: Path) -> None:

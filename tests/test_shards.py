@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train.data_shards import indexing
+from dist_train.data_shards import indexing, pictures
 from dist_train.data_shards.decode import decode_npy, encode
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import check, index_shards, split_of_file
@@ -525,9 +526,46 @@ def test_huge_pictures_are_refused(tmp_path: Path, monkeypatch) -> None:
     buffer = io.BytesIO()
     image.new("L", (100, 100)).save(buffer, "png")
     tar_of(tmp_path / "0.tar", [("a.png", buffer.getvalue())])
-    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 1000)
     with error("0.tar.*'a'.*bomb"):
         Index.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_picture_that_claims_too_much_is_never_decoded(kind: str) -> None:
+    """A billion pixels in some kilobytes: refused by their header, in no time and memory."""
+    image = pytest.importorskip("PIL.Image")
+    buffer = io.BytesIO()
+    image.new("L", (16, 16)).save(buffer, kind)
+    content = bytearray(buffer.getvalue())
+    if kind == "jpeg":
+        at = content.index(b"\xff\xc0") + 5
+        content[at : at + 4] = (40_000).to_bytes(2, "big") * 2
+    else:
+        content[16:24] = (40_000).to_bytes(4, "big") * 2
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    with pytest.raises(ValueError, match="bomb"):
+        pictures.decode_picture(memoryview(bytes(content)))
+
+
+def test_jpegs_are_decoded_as_pillow_does(monkeypatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    pixels = np.kron(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    for mode in ("RGB", "L", "CMYK"):
+        for options in ({"quality": 90}, {"quality": 50, "progressive": True}):
+            buffer = io.BytesIO()
+            image.fromarray(pixels).convert(mode).save(buffer, "jpeg", **options)
+            view = memoryview(buffer.getvalue())
+            for channels in (None, 1, 3, 4):
+                ours = pictures.decode_picture(view, channels)
+                with monkeypatch.context() as patch:
+                    patch.setitem(sys.modules, "simplejpeg", None)
+                    assert np.array_equal(ours, pictures.decode_picture(view, channels))
+            for cut in (2, 10, 200, len(view) // 2):
+                with pytest.raises((ValueError, OSError)):
+                    pictures.decode_picture(view[:cut])
 
 
 def test_locate(tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data_shards.decode import decode_picture
+from dist_train.data_shards.pictures import decode_picture
 from dist_train.data_shards.sources.cache import cached
 from dist_train.data_shards.sources.npm import fetch_archive
 from dist_train.data_shards.sources.source import Source
