@@ -5,7 +5,7 @@ EXTRAS := zero,accelerate,ray,wandb,data,remote,plots,dev
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format bench install clean
+.PHONY: demo test check format bench install clean parity
 
 install: .venv/installed
 
@@ -37,6 +37,9 @@ bench: install
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/reader.py
 	$(BIN)/python benchmarks/start.py
+
+parity: install
+	$(BIN)/python tests/parity_table.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,15 @@ class MicroBatch:
 
     Where the data have several streams, field `image` of stream `a` is `micro["a.image"]`, and `ids` is (b, streams).
     `tensors` may hold image (b, C, H, W) float32, label (b,) int64, tokens (b, T + 1) int64 padded right with 0, with
-    length (b,) int64, the number of targets of each row; and arrays under their own names.
+    length (b,) int64, the number of targets of each row; and arrays under their own names. `memory` is an objective's
+    own: tensors that the micro-batch with this index finds again in the next step, also after a resume on other ranks.
     """
 
     index: int
     ids: np.ndarray
     tensors: dict[str, torch.Tensor]
     real: int
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __getitem__(self, field: str) -> torch.Tensor:
         if field not in self.tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from dist_train.batch_norm import check_groups, synchronise
 from dist_train.blocks import chosen, compile_forward, recompute_activations, repeated_blocks
 from dist_train.errors import UserError
 from dist_train.networks import Player
@@ -29,9 +30,14 @@ def make_players(
         networks: {player: {network: module}}. given: players whose gradients are given whole.
     """
     device = world.device.partition(":")[0]
+    _check_owners(networks)
     by_name = {name: module for modules in networks.values() for name, module in modules.items()}
     for module in by_name.values():
         check_device(recipe.precision, module, device)
+    if recipe.batch_norm == "synchronised":
+        check_groups(world, recipe.data.global_batch, recipe.data.micro_batch)
+        for module in by_name.values():
+            synchronise(module, world)
     if recipe.activation_checkpointing is not None:
         where = "activation_checkpointing"
         found = (
@@ -48,6 +54,20 @@ def make_players(
         player: Player(modules, recipe.precision, device, recipe.channels_last)
         for player, modules in networks.items()
     }
+
+
+def _check_owners(networks: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """A weight has one player, which alone updates it; the others see it through a frozen view."""
+    owners: dict[int, str] = {}
+    for player, modules in networks.items():
+        for name, module in modules.items():
+            for path, parameter in module.named_parameters():
+                owner = owners.setdefault(id(parameter), player)
+                if owner != player:
+                    raise UserError(
+                        f"model.{player}: {name}.{path} is a weight of '{owner}' too, but a weight has one player;"
+                        " make the shared module a network of its own, in the player that is to train it"
+                    )
 
 
 def _compile(

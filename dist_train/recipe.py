@@ -81,6 +81,9 @@ class Recipe(Section):
     compile: bool | list[str] = Field(
         False, description="true, false, or a list of patterns of module names like 'blocks.*'"
     )
+    batch_norm: Literal["fixed", "synchronised"] = Field(
+        "fixed", description="fixed (over a micro-batch) or synchronised (over the global batch)"
+    )
     strategy: str | dict[str, Any] = Field("ddp", description=f"one of {', '.join(STRATEGIES)}")
     data: Data = Field(description="a mapping with name or path, global_batch and micro_batch")
     model: dict[str, Any] = Field(description="a network {name: ...}, or {player: network}")

@@ -18,6 +18,7 @@ from dist_train.errors import CheckpointError, Interrupted, UserError, nearest
 from dist_train.faults import faultpoint
 from dist_train.heartbeat import Heartbeat
 from dist_train.interruption import Interruption
+from dist_train.memory import SlotMemory
 from dist_train.meter import Meter
 from dist_train.metrics import Metric, figures
 from dist_train.networks import Networks
@@ -82,6 +83,8 @@ class Trainer:
         self._networks = {
             name: player for player, specs in recipe.networks.items() for name in specs
         }
+        slots = recipe.data.global_batch // recipe.data.micro_batch // world.size
+        self.memory = SlotMemory(range(world.rank * slots, (world.rank + 1) * slots), world.device)
         self._reversed = micro_order == "reversed"
         self._weight_is_constant = objective.constant_weight()
 
@@ -92,6 +95,8 @@ class Trainer:
         self.until = 0 if self.stopping else min(self.total_steps, until or self.total_steps)
         for step, batch in self._fetch():
             self.batch, self.losses = batch, {}
+            for micro in batch:
+                self.memory.lend(micro)
             self.callbacks.call("step_begins", self)
             for turn in self.objective.turns(step):
                 self.heartbeat.enter("reduce")
@@ -102,6 +107,7 @@ class Trainer:
                     with randomness.at(self.seed, step, turn.index, micro.index):
                         seen = self.seen_by(turn)
                         loss, logged = self.objective.loss(turn, seen, micro, self.scalars)
+                    self.memory.check(micro)
                     self.heartbeat.enter("backward")
                     share = self.objective.weight(micro) / total
                     engine.backward(loss * share, last=micro is batch[-1])
@@ -326,6 +332,7 @@ class Trainer:
                 f" now {self.fingerprint[:12]})"
             )
         self.load_weights(reader)
+        self.memory.load(reader)
         self.step = self.saved = reader.step
         self.seconds, self.best, self.stopping = (
             values["seconds"],
@@ -358,6 +365,7 @@ class Trainer:
     def slices(self) -> Iterator[tuple[str, Slice]]:
         for engine in self.engines.values():
             yield from engine.slices()
+        yield from self.memory.slices()
         for instance, callback in self.callbacks.by_name.items():
             for name, part in callback.slices():
                 yield f"callbacks/{instance}/{name}", part

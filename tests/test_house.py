@@ -125,6 +125,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "ranks",
         "buckets",
         "buffers",
+        "batch_norm",
         "blocks",
         "precision",
     },
@@ -151,6 +152,7 @@ FLOORS = [  # each may import those above it in this list, and its own
     {
         "networks",
         "players",
+        "memory",
         "engine",
         "objectives",
         "checkpoint",

@@ -244,9 +244,10 @@ def _state_differences(
     """Of everything that a checkpoint holds, relative to what the reference's step changed."""
     sums: dict[str, list[float]] = {}
     for name, part in trainer.slices():
-        was, due = (
-            reader.read(name, part.start, part.stop).to(part.tensor) for reader in (before, after)
-        )
+        due = after.read(name, part.start, part.stop).to(part.tensor)
+        was = torch.zeros_like(due)  # before a memory's first step there is none
+        if name in before.tensors:
+            was = before.read(name, part.start, part.stop).to(part.tensor)
         changed, wrong = due - was, part.tensor - due
         products = [(wrong * wrong), (due * due), (changed * changed), changed * (changed + wrong)]
         sums[name] = [float(product.double().sum()) for product in products]
