@@ -180,6 +180,7 @@ class EvaluationBatches:
                 f"evaluate: the streams have unequal numbers of samples ({told}); "
                 "evaluation takes sample i of each"
             )
+        self.samples = samples
         total = -(-samples // micro_batch)
         self.places = range(rank, -(-total // world_size) * world_size, world_size)
         self._make = _EvaluationPart(dict(assemblers), micro_batch, samples)

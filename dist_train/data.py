@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from dist_train import components
 from dist_train.data_shards.assembler import Assembler, derived
 from dist_train.data_shards.cache import Cache
+from dist_train.data_shards.index import Index
 from dist_train.data_shards.loader import EvaluationBatches, Stream, TrainingBatches
 from dist_train.data_shards.mixture import Mixture, Together
 from dist_train.data_shards.order import Bootstrap, Order, Ordering, default_streams
@@ -17,9 +19,12 @@ from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sizes import bytes_of
 from dist_train.data_shards.sources import locate
 from dist_train.data_shards.storage import Bucket
+from dist_train.errors import UserError
 from dist_train.recipe import Recipe
 from dist_train.recipe_data import Source
 from dist_train.recipe_data import Stream as Settings
+from dist_train.recipe_sections import EvaluationSet
+from dist_train.settings import short
 from dist_train.world import World
 
 
@@ -80,19 +85,34 @@ class RunData:
             self.fingerprint = hashlib.sha256(" ".join(prints).encode()).hexdigest()
 
 
+def evaluation_sets(recipe: Recipe, world: World) -> dict[str, EvaluationBatches]:
+    """The evaluation batches of this rank, of each of the recipe's further sets."""
+    assert recipe.evaluate is not None
+    return {
+        name: evaluation_batches(
+            recipe, world, one.split, _folder(recipe, one) if one.name or one.path else None
+        )
+        for name, one in recipe.evaluate.sets.items()
+    }
+
+
 def evaluation_batches(
     recipe: Recipe, world: World, split: str, folder: Path | None = None
 ) -> EvaluationBatches:
-    """The evaluation batches of this rank over a split: of the recipe's own data, or of the shards in `folder`."""
-    assert recipe.evaluate is not None
+    """The evaluation batches of this rank over a split: of the recipe's own data, or of the shards in `folder`, which
+    are brought to the scale of the recipe's own."""
     assemblers = {}
     for name, (settings, where) in zip(recipe.data.named, recipe.data.located(), strict=True):
-        shards = Shards(folder, split) if folder else _open(recipe, settings, split)
+        if folder is None:
+            shards = _open(recipe, settings, split)
+        else:
+            shards = _foreign(folder, split, _open(recipe, settings, settings.split))
         transforms = _transforms(settings, where, "evaluate", shards)
         assemblers[name] = Assembler(shards, 0, transforms, settings.scale)
+    micro_batch = recipe.evaluate.micro_batch if recipe.evaluate else None
     return EvaluationBatches(
         assemblers,
-        micro_batch=recipe.evaluate.micro_batch or recipe.data.micro_batch,
+        micro_batch=micro_batch or recipe.data.micro_batch,
         rank=world.rank,
         world_size=world.size,
         workers=recipe.data.workers,
@@ -100,7 +120,18 @@ def evaluation_batches(
     )
 
 
-def _folder(recipe: Recipe, source: Source) -> Path:
+def _foreign(folder: Path, split: str, own: Shards | Together) -> Shards:
+    """Shards that a network is used on, with the statistics and the classes of those that it was trained on."""
+    index = Index.load(folder)
+    if index.classes and own.index.classes and index.classes != own.index.classes:
+        raise UserError(
+            f"{folder}: has the classes {short(index.classes)}, but the network was trained on"
+            f" {short(own.index.classes)}"
+        )
+    return Shards(folder, split, dataclasses.replace(index, statistics=own.index.statistics))
+
+
+def _folder(recipe: Recipe, source: Source | EvaluationSet) -> Path:
     return locate(source.name or str(source.path), recipe.root, **source.options)
 
 

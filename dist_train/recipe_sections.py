@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -41,6 +42,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class EvaluationSet(Section):
+    """Another set that is evaluated beside the first: a split of the training data, or of other data."""
+
+    split: str = Field(pattern=NAME, description="the name of a split")
+    name: str | None = Field(None, min_length=1, description="the name of a data source")
+    path: str | None = Field(None, min_length=1, description="a folder of tar shards")
+    options: dict[str, Any] = Field(default={}, description="a mapping of the source's arguments")
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSet:
+        if self.name is not None and self.path is not None:
+            raise UserError(f"name: got {short(self.name)} with a path, expected one of the two")
+        if self.options and self.name is None:
+            raise UserError(f"options: got {short(self.options)}, expected none without a name")
+        return self
+
+
 class Evaluate(Section):
     """When to evaluate, on what, and which figure is the best."""
 
@@ -49,7 +67,10 @@ class Evaluate(Section):
     metrics: list[str] = Field(
         min_length=1, max_length=100, description="a list of metrics: names, or package.module:Name"
     )
-    best: str | None = Field(None, description="one of the metrics")
+    sets: dict[str, EvaluationSet] = Field(
+        default={}, description="a mapping {name: {split: ...}} of further sets"
+    )
+    best: str | None = Field(None, description="one of the metrics, or SET/METRIC")
     mode: Literal["min", "max"] | None = Field(None, description="min or max")
     weights: str = Field("live", description="live, or the callback that holds averaged weights")
     micro_batch: int | None = Field(None, ge=1, le=2**31, description="a whole number, 1 or more")
@@ -58,10 +79,14 @@ class Evaluate(Section):
     def _check(self) -> Evaluate:
         if len(set(self.metrics)) < len(self.metrics):
             raise UserError(f"metrics: got {short(self.metrics)}, expected each once")
-        if self.best is not None and self.best not in self.metrics:
+        for name in self.sets:
+            if not re.fullmatch(NAME, name) or name in self.metrics:
+                raise UserError(f"sets.{name}: expected {NAMED}, and no metric's")
+        figures = [*self.metrics, *(f"{name}/{m}" for name in self.sets for m in self.metrics)]
+        if self.best is not None and self.best not in figures:
             raise UserError(
-                f"best: got {short(self.best)}, expected one of {', '.join(self.metrics)}"
-                + nearest(self.best, self.metrics)
+                f"best: got {short(self.best)}, expected one of {', '.join(figures)}"
+                + nearest(self.best, figures)
             )
         if (self.best is None) != (self.mode is None):
             raise UserError(

@@ -18,7 +18,7 @@ from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
 from dist_train.callbacks.stragglers import Stragglers
-from dist_train.data import RunData, data_folders, evaluation_batches
+from dist_train.data import RunData, data_folders, evaluation_batches, evaluation_sets
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, Interrupted, UserError
@@ -227,9 +227,10 @@ def build(
         data_folders(recipe)
     world.barrier()
     data = RunData(recipe, world)
-    evaluation = None
+    evaluation, sets = None, {}
     if recipe.evaluate is not None:
         evaluation = evaluation_batches(recipe, world, recipe.evaluate.split)
+        sets = evaluation_sets(recipe, world)
     objective: Objective = components.build(
         "objective", recipe.objective, "objective", statistics=data.statistics
     )
@@ -282,6 +283,7 @@ def build(
         tokens_per_epoch=data.tokens,
         fingerprint=data.fingerprint,
         micro_order=micro_order,
+        evaluation_sets=sets,
     )
     return trainer
 

@@ -50,13 +50,14 @@ def evaluate(
         raise UserError(f"{run_dir}: its recipe has no evaluate section, so no metrics are known")
     trainer = restore(run_dir, recipe)
     if data is not None or split is not None:
+        trainer.evaluation_sets = {}
         trainer.evaluation = evaluation_batches(
             recipe,
             trainer.world,
             split or recipe.evaluate.split,
             None if data is None else locate(data, Path.cwd()),
         )
-    results = trainer.evaluate(recipe.evaluate.weights)
+    results = trainer.measure(recipe.evaluate.weights)
     return {"run_dir": str(run_dir), "step": trainer.step, "results": results}
 
 

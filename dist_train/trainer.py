@@ -58,10 +58,12 @@ class Trainer:
         tokens_per_epoch: int | None = None,
         fingerprint: str = "",
         micro_order: str = "forward",
+        evaluation_sets: Mapping[str, Any] | None = None,
     ) -> None:
         self.recipe, self.world, self.engines, self.objective = recipe, world, engines, objective
         self.callbacks, self.directory = callbacks, directory
         self.data, self.evaluation, self.metrics = data, evaluation, metrics
+        self.evaluation_sets = dict(evaluation_sets or {})
         self.total_steps, self.fingerprint = total_steps, fingerprint
         self.samples_per_epoch, self.tokens_per_epoch = samples_per_epoch, tokens_per_epoch
         self.global_batch: int = recipe.data.global_batch
@@ -272,11 +274,26 @@ class Trainer:
         return self.step * self.global_batch / self.samples_per_epoch
 
     def evaluate(self, weights: str | None = None) -> dict[str, float]:
-        """The recipe's metrics over its evaluation split, each sample once, the same on any number of ranks."""
+        """`measure`, and tell the callbacks, which know by it the best step and when to stop."""
+        results = self.measure(weights)
+        self.callbacks.call("evaluated", self, results)
+        return results
+
+    def measure(self, weights: str | None = None) -> dict[str, float]:
+        """The recipe's metrics over its evaluation split, each sample once, the same on any number of ranks; those of
+        further sets as SET/METRIC."""
         networks = self.view(weights)
+        results = self._measured(networks, self.evaluation, told=True)
+        for name, batches in self.evaluation_sets.items():
+            found = self._measured(networks, batches, told=False)
+            results |= {f"{name}/{metric}": value for metric, value in found.items()}
+        return results
+
+    def _measured(self, networks: Networks, batches: Any, told: bool) -> dict[str, float]:
+        """The metrics over one set; callbacks are told of each batch of the first."""
         for metric in self.metrics.values():
             metric.reset()
-        for micro in self.evaluation:
+        for micro in batches:
             self.heartbeat.enter("evaluate")
             micro = micro.to(self.world.device)
             with (
@@ -286,11 +303,10 @@ class Trainer:
                 outputs = self.objective.evaluate(networks, micro)
             for metric in self.metrics.values():
                 metric.update(outputs, micro)
-            self.callbacks.call("evaluation_batch", self, outputs, micro)
+            if told:
+                self.callbacks.call("evaluation_batch", self, outputs, micro)
             faultpoint("evaluate")
-        results = figures(self.metrics, self.world)
-        self.callbacks.call("evaluated", self, results)
-        return results
+        return figures(self.metrics, self.world)
 
     # -- state -------------------------------------------------------------------------------------------------------
 

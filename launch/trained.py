@@ -1,4 +1,4 @@
-"""Commands that use what was trained: evaluate, generate, report, sync."""
+"""Commands that use what was trained: evaluate, predict, generate, report, sync."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Run = Annotated[Path, typer.Argument(help="A run directory.")]
 
 def register(app: typer.Typer) -> None:
     app.command("evaluate")(evaluate)
+    app.command("predict")(predict)
     app.command("generate")(generate)
     app.command("report")(report)
     app.command("sync")(sync)
@@ -31,6 +32,30 @@ def evaluate(
     from dist_train import trained
 
     answer(as_json, lambda: trained.evaluate(run, data=data, split=split))
+
+
+def predict(
+    run: Run,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help="Pictures, tables, arrays, or a folder of shards."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The CSV file to write.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="live|INSTANCE", help="Whose weights, like ema.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the source."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what a trained run makes of new inputs, a line each."""
+    from dist_train.predict import predict as predict_inputs
+    from dist_train.settings import read_assignments
+
+    options = read_assignments(settings or [])
+    answer(as_json, lambda: predict_inputs(run, source, out, weights=weights, options=options))
 
 
 def generate(

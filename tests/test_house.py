@@ -164,7 +164,7 @@ FLOORS = [  # each may import those above it in this list, and its own
     {"trainer"},
     {"run"},
     {"trained", "testing", "verify"},
-    {"export"},
+    {"export", "predict"},
 ]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dist_train.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -58,6 +60,11 @@ class Objective(ABC):
         raise TypeError(
             f"{type(self).__name__} has no evaluation: give it `evaluate`, or remove `evaluate:`"
         )
+
+    def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
+        """What a user of the network wants to know of each row: (B,) or (B, D) by name; without looking at a label.
+        `class` (B,) is written as the class's name."""
+        raise UserError(f"objective: {type(self).__name__} predicts nothing: give it `predict`")
 
     def samples(self, networks: Networks, count: int, device: str) -> dict[str, Tensor]:
         """Images (N, C, H, W) in [0, 1] to look at, drawn from the default generator; empty when there are none."""

@@ -53,6 +53,10 @@ class Classification(Objective):
             loss = loss + (1 - share) * self._cross_entropy(logits, label[other])
         return loss, {"loss": loss.detach()}
 
+    def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
+        probability = networks.model(micro[self.inputs]).softmax(dim=-1)
+        return {"class": probability.argmax(dim=-1), "probability": probability}
+
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         logits = networks.model(micro[self.inputs])
         losses = F.cross_entropy(logits, micro["label"], reduction="none")

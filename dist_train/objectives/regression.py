@@ -67,6 +67,15 @@ class Regression(Objective):
         loss = losses.mean()
         return loss, {"loss": loss.detach()}
 
+    def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
+        output = networks.model(micro[self.inputs])
+        mean, std = self.mean.to(output), self.std.to(output)
+        if self.variance == "fixed":
+            return {"prediction": output * std + mean}
+        predicted, log_variance = output.chunk(2, dim=1)
+        deviation = (0.5 * log_variance).exp() * std
+        return {"prediction": predicted * std + mean, "deviation": deviation}
+
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         losses, nll, mean, log_variance = self._losses(networks, micro)
         return {
