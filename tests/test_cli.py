@@ -21,6 +21,7 @@ COMMANDS = [
     "logs",
     "cancel",
     "evaluate",
+    "predict",
     "generate",
     "report",
     "sync",
