@@ -230,6 +230,7 @@ def training_batches(
     scale: str = "standard",
     order: Ordering | None = None,
     workers: int = 0,
+    prefetch: int = 2,
 ) -> TrainingBatches:
     """The training batches of one rank from one set of shards, by default shuffled globally."""
     order = order or Order(len(shards), seed)
@@ -240,6 +241,7 @@ def training_batches(
         rank=rank,
         world_size=world_size,
         workers=workers,
+        prefetch=prefetch,
     )
 
 

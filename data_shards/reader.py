@@ -12,6 +12,7 @@ import torch
 
 from dist_train.data_shards import decode, tar
 from dist_train.data_shards.index import Index, Shard
+from dist_train.data_shards.order import Order, default_streams
 from dist_train.data_shards.pictures import decode_picture
 from dist_train.data_shards.storage import Bucket, Folder, Storage
 from dist_train.errors import UserError, nearest
@@ -61,6 +62,31 @@ class Shards:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shards, (self.folder, self.split, self.index, self.storage)
+
+    def order(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        shuffle: str = "auto",
+        window: int = 16,
+        streams: int | str = "auto",
+    ) -> Order:
+        """The order in which these samples are trained on; `auto` suits where they are (see `Order`)."""
+        remote = isinstance(self.storage, Bucket)
+        if shuffle == "auto":
+            shuffle = "window" if remote else "global"
+        if isinstance(streams, str):
+            streams = default_streams(batch) if remote else 1
+        return Order(
+            len(self),
+            seed,
+            shuffle=shuffle,
+            shards=self.sizes,
+            window=window,
+            batch=batch,
+            streams=streams,
+        )
 
     def raw(self, i: int) -> dict[str, memoryview]:
         """The bytes of each field of sample `i`, not copied."""

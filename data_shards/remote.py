@@ -39,16 +39,17 @@ def check_address(address: str) -> None:
     """UserError unless `address` is one that data may come from."""
     protocol, _, rest = address.partition("://")
     host = rest.partition("/")[0]
+    told = address.replace(f"{host.rpartition('@')[0]}@", "...@") if "@" in host else address
     if protocol == "http" and HERE.fullmatch(host):
         return
     if protocol not in ("https", "s3", "gs"):
         raise UserError(
-            f"{address}: expected a folder, or an address that begins with https://, s3:// or gs://"
+            f"{told}: expected a folder, or an address that begins with https://, s3:// or gs://"
             + nearest(protocol, PACKAGES)
         )
     if not host or "@" in host or re.search(r"[?#\s]|(^|/)\.\.?(/|$)", rest):
         raise UserError(
-            f"{address}: expected an address without user, '?', '#' or '..'; keys and tokens stand in the "
+            f"{told}: expected an address without user, '?', '#' or '..'; keys and tokens stand in the "
             "environment or the files of the service's own tools"
         )
 

@@ -14,7 +14,7 @@ from dist_train.data_shards.cache import Cache
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.loader import EvaluationBatches, Stream, TrainingBatches
 from dist_train.data_shards.mixture import Mixture, Together
-from dist_train.data_shards.order import Bootstrap, Order, Ordering, default_streams
+from dist_train.data_shards.order import Bootstrap, Order, Ordering
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sizes import bytes_of
 from dist_train.data_shards.sources import locate
@@ -154,25 +154,16 @@ def _open(recipe: Recipe, stream: Settings, split: str) -> Shards | Together:
 
 
 def _order(settings: Settings, shards: Shards | Together, seed: int, recipe: Recipe) -> Ordering:
-    batch = recipe.data.global_batch
-    remote = any(source.is_remote for source in settings.origins)
-    apart = remote and settings.sources is None and settings.resample is None
-    shuffle, streams = settings.shuffle, settings.streams
-    if shuffle == "auto":
-        shuffle = "window" if remote and settings.resample is None else "global"
-    if streams == "auto":
-        streams = default_streams(batch) if apart else 1
+    """The order of a stream. What draws from everywhere, or from several sources, has no streams."""
+    batch, shuffle, streams = recipe.data.global_batch, settings.shuffle, settings.streams
+    if settings.resample is not None and shuffle == "auto":
+        shuffle = "global"
+    if settings.resample is not None or settings.sources is not None:
+        streams = 1
 
     def order(part: Shards, seed: int) -> Order:
-        return Order(
-            len(part),
-            seed,
-            shuffle=shuffle,
-            shards=part.sizes,
-            window=settings.window,
-            batch=batch,
-            streams=streams,
-        )
+        window = settings.window
+        return part.order(seed, batch, shuffle=shuffle, window=window, streams=streams)
 
     made: Ordering
     if isinstance(shards, Together):

@@ -1,5 +1,6 @@
 """Mixtures, several named streams and bootstraps as recipes have them: exact on any ranks, from any step."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.write import write_shards
 from dist_train.errors import UserError
 from dist_train.recipe import Recipe
+from dist_train.testing import tiny_run
 from dist_train.world import World
 
 
@@ -123,6 +125,31 @@ def test_named_streams_have_orders_of_their_own(root: Path) -> None:
         evaluation_batches(data, world(), "test")
     assert len(evaluation_batches(twice, world(), "test")) == 10
     assert data.set("data.b.path", "small").as_dict()["data"]["b"]["path"] == "small"
+
+
+def test_a_slow_source_is_shown_and_said(root: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    """X34: the share of time that the steps waited is in every row, and a warning tells what to raise."""
+    (tmp_path / "slow.py").write_text(
+        "import time\n\nclass Slow:\n    def __call__(self, sample, rng):\n"
+        "        time.sleep(0.02)\n        return sample\n"
+    )
+    monkeypatch.setattr("dist_train.callbacks.journal.SLOW_AFTER", 0.0)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = recipe(
+        root, path=str(root / "large"), transforms={"train": [{"name": "slow:Slow"}]}
+    ).as_dict()
+    settings |= {
+        "log": {"every": "2 steps"},
+        "model": {"name": "mlp", "in_features": 16, "num_outputs": 3},
+    }
+    del settings["evaluate"]
+    slow = Recipe.restore(settings, "test", tmp_path)
+    with caplog.at_level("WARNING", "dist_train"):
+        run = tiny_run(slow, tmp_path / "run", steps=4)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["data_wait"] > 0.5 for row in rows if "data_wait" in row)
+    said = [record.message for record in caplog.records if "waiting for data" in record.message]
+    assert len(said) == 1 and "raise data.workers (now 0)" in said[0]
 
 
 def test_a_bootstrap_by_seed(root: Path) -> None:

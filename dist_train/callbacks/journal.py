@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
@@ -14,6 +15,9 @@ from dist_train.callbacks import Callback
 if TYPE_CHECKING:
     from dist_train.trainer import Trainer
 
+SLOW, SLOW_AFTER = 0.5, 5.0
+"""Waiting for data for more than this share of the time, over so many seconds, is worth a warning."""
+
 
 class Journal(Callback):
     """Writes this step's row when the log interval is due or something was recorded, then calls `logged` on all."""
@@ -22,6 +26,7 @@ class Journal(Callback):
 
     def __init__(self, every: str) -> None:
         self.every = every
+        self.warned = False
 
     def run_begins(self, run: Trainer) -> None:
         self.window = self.last = time.perf_counter()
@@ -65,6 +70,14 @@ class Journal(Callback):
             },
             **run.row,
         }
+        if row["data_wait"] > SLOW and elapsed > SLOW_AFTER and not self.warned:
+            self.warned = True
+            logging.getLogger("dist_train").warning(
+                "%.0f %% of the time to step %d was waiting for data: raise data.workers (now %d)",
+                100 * row["data_wait"],
+                run.step,
+                run.recipe.data.workers,
+            )
         self.window, self.last, self.window_step, run.data_wait = now, now, run.step, 0.0
         run.row = {}
         if run.world.is_main:
