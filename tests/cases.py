@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +166,18 @@ class Mismatched(Callback):
     def step_ends(self, run: Trainer) -> None:
         if run.step == 5 and run.world.rank == 1:
             torch.distributed.recv(torch.zeros(3), src=0)
+
+
+class StopsOnce(Callback):
+    """Rank 0 stops itself after step 9, but not a second time."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = Path(mark)
+
+    def step_ends(self, run: Trainer) -> None:
+        if run.step == 9 and run.world.is_main and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Late(Callback):

@@ -10,7 +10,7 @@ from typing import Any
 import cases
 import pytest
 
-from dist_train import watch
+from dist_train import run, watch
 from dist_train.callbacks.stragglers import straggler
 from dist_train.heartbeat import Heartbeat
 from dist_train.run_directory import RunDirectory
@@ -55,14 +55,17 @@ def test_a_hang_is_found_named_and_ended(
     assert all("trainer.py" in text and "in train" in text for text in stacks), report
 
 
-def test_a_run_that_was_stopped_is_resumed_as_if_nothing_had_been(
+def test_a_run_that_hangs_is_started_again_and_is_the_unbroken_run(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    plan = recipe(tiny_data).as_dict()
-    whole, hung = str(tmp_path / "whole"), str(tmp_path / "hung")
-    with pytest.raises(RankFailed, match="rank-0 was ended by SIGALRM"):
-        spawn_ranks(2, cases.train_case, plan, hung, "stop@reduce:0:9", None, timeout=60)
-    spawn_ranks(2, cases.train_cases, [[plan, hung, "auto"], [plan, whole, None]], timeout=60)
+    arguments = {"name": "cases:StopsOnce", "mark": str(tmp_path / "stopped")}
+    plan = recipe(tiny_data).set("callbacks.trace", {"name": "dist_train.testing:Trace"})
+    plan = plan.set("callbacks.stops_once", arguments)
+    hung, whole = tmp_path / "hung", tmp_path / "whole"
+    run.train(plan, ranks=2, run_dir=hung, max_restarts=1)
+    assert "rank 0 stopped by a signal in step 9, callbacks" in (hung / "logs/hang.txt").read_text()
+    run.train(plan, ranks=2, run_dir=whole)
+    assert not (whole / "logs" / "hang.txt").exists()
     assert_same_run(whole, hung)
 
 
@@ -122,12 +125,12 @@ def test_who_is_at_fault(stuck: Any, size: int, ranks: list[int], clause: str) -
 
 def test_a_watched_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     """Also where it takes longer than the limit in all, and where nothing is expected of it."""
-    run = RunDirectory.create_at(tmp_path / "run")
-    (run.path / "watch").mkdir()
+    directory = RunDirectory.create_at(tmp_path / "run")
+    (directory.path / "watch").mkdir()
     heart, late = Heartbeat(), []
     before = signal.signal(signal.SIGALRM, lambda *_: late.append(True))
     try:
-        with heart.watched(run.path, 0, 1, 0.5):
+        with heart.watched(directory.path, 0, 1, 0.5):
             for _ in range(4):
                 heart.enter("evaluate")
                 signal.sigtimedwait([signal.SIGUSR1], 0.25)
@@ -135,5 +138,5 @@ def test_a_watched_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
             signal.sigtimedwait([signal.SIGUSR1], 1.0)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert not late and not (run.logs / "hang.txt").exists()
+    assert not late and not (directory.logs / "hang.txt").exists()
     assert heart.spent["evaluate"] > 0.9 and heart.spent["start"] > 0.9
