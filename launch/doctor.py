@@ -7,12 +7,19 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from dist_train.errors import UserError
 from dist_train.launch.output import Json, answer
 
 PACKAGES = (
@@ -32,13 +39,66 @@ PACKAGES = (
 FEW_FILES, LITTLE_SHARED_MEMORY = 1024, 1 << 30
 
 
+class Place(StrEnum):
+    """Where a smoke test runs."""
+
+    local = "local"
+    slurm = "slurm"
+
+
 def register(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show what this machine has, and what it lacks."""
-    answer(as_json, examine)
+def doctor(
+    shards: Annotated[
+        Path | None, typer.Option(help="Also digest these shards and compare with their index.")
+    ] = None,
+    on: Annotated[Place, typer.Option(help="Where to smoke-test: local or slurm.")] = Place.local,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Smoke-test so many nodes: multiply, reduce, compare.")
+    ] = None,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node, one a GPU.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs a node.")] = 0,
+    partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long a smoke test takes.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Show what this machine has, and what it lacks; with --nodes, test real nodes and name the bad ones."""
+    if nodes is None:
+        result = answer(as_json, examine if shards is None else partial(_with_shards, shards))
+        if result.get("shards"):
+            raise typer.Exit(1)
+        return
+    ranks = gpus_per_node or ranks_per_node
+    if on is Place.local and nodes != 1:
+        raise UserError(f"--nodes {nodes}: this is one machine, expected 1, or --on slurm")
+    from dist_train.launch.smoke import smoke_here, smoke_on_slurm
+
+    work = {
+        Place.local: partial(smoke_here, ranks, seconds),
+        Place.slurm: partial(smoke_on_slurm, nodes, ranks, gpus_per_node, partition, seconds),
+    }[on]
+    if answer(as_json, work, show=_show_smoke)["bad"]:
+        raise typer.Exit(1)
+
+
+def _show_smoke(found: dict[str, Any]) -> None:
+    for rank in found["ranks"]:
+        figures = {"reduce_gb_s": "GB/s in sums", "link_gb_s": "GB/s from its neighbour"}
+        words = [f"{rank['tflops']:g} TFLOP/s on {rank['device']}"]
+        words += [f"{rank[name]:g} {what}" for name, what in figures.items() if name in rank]
+        typer.echo(f"rank {rank['rank']:<4} {rank['host']}  {', '.join(words)}")
+    for host, reasons in found["bad"].items():
+        typer.echo(f"bad: {host}: {'; '.join(reasons)}")
+    if not found["bad"]:
+        typer.echo("no bad node")
+
+
+def _with_shards(path: Path) -> dict[str, Any]:
+    from dist_train.data_shards.indexing import check
+
+    return examine() | {"shards": check(path)}
 
 
 def examine() -> dict[str, Any]:
@@ -66,8 +126,13 @@ def examine() -> dict[str, Any]:
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "backends": {
             "gloo": dist.is_available() and dist.is_gloo_available(),
-            "nccl": dist.is_available() and dist.is_nccl_available(),
+            "nccl": _nccl(),
         },
+        "driver": _driver(),
+        "address": _address(),
+        "clock_skew_seconds": _clock_skew(),
+        "slurm": _reached(_slurm),
+        "ray": _reached(_ray),
         "data": _data(),
     }
     return found | {"advice": _advice(found)}
@@ -86,10 +151,73 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append(
             "little shared memory for loader workers: use data.workers: 0, or a larger /dev/shm"
         )
+    if not found["address"][0].isdigit():
+        advice.append(
+            f"ranks of several nodes cannot meet at this machine's name: {found['address']}"
+        )
+    if abs(found["clock_skew_seconds"]) > 1:
+        advice.append("this machine and its file server have different clocks: start NTP (chronyd)")
     for name, state in found["data"].items():
         if state.startswith("needs"):
             advice.append(f"data {name} {state}: pip install 'dist-train[data]'")
     return advice
+
+
+def _nccl() -> str | bool:
+    """The version that torch was built with, False without it."""
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_nccl_available()):
+        return False
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else True
+
+
+def _driver() -> str | None:
+    """What the NVIDIA driver says of itself, None without one."""
+    file = Path("/proc/driver/nvidia/version")
+    return file.read_text().partition("\n")[0].strip() if file.is_file() else None
+
+
+def _address() -> str:
+    """The address that this machine's name stands for, when one can listen and connect there; else why not."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+        with socket.create_server((address, 0)) as server:
+            socket.create_connection(server.getsockname()[:2], timeout=2).close()
+    except OSError as error:
+        return f"{name}: {error}"
+    return address
+
+
+def _clock_skew() -> float:
+    """Seconds that the file system of this folder is ahead: of a file server's clock, 0 on a local disk."""
+    with tempfile.TemporaryFile(dir=".") as file:
+        file.write(b"x")
+        file.flush()
+        return round(os.fstat(file.fileno()).st_mtime - time.time(), 1) + 0.0
+
+
+def _reached(reach: Callable[[], str]) -> str:
+    try:
+        return reach()
+    except UserError as error:
+        return f"no: {error}"
+
+
+def _slurm() -> str:
+    from dist_train.launch.slurm import slurm
+
+    return slurm("sinfo", "--version").strip()
+
+
+def _ray() -> str:
+    from dist_train.launch.ray import address, check_cluster, check_token
+
+    check_token(os.environ)
+    check_cluster(address(os.environ))
+    return address(os.environ)
 
 
 def _installed(package: str) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cases
 import pytest
@@ -12,6 +14,7 @@ from slurm_cluster import Cluster, missing, wait_for
 
 from dist_train.launch import jobs
 from dist_train.launch.backend import Job
+from dist_train.launch.cli import main
 from dist_train.recipe import Recipe
 from dist_train.run import train
 from dist_train.run_directory import RunDirectory
@@ -209,3 +212,15 @@ def test_array(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
         member = plain.set("seed", plain.seed + number)
         whole = train(member, run_dir=tmp_path / f"whole-{number}")["run_dir"]
         assert_as_unbroken(Path(whole), job.member(number))
+
+
+def test_doctor_tests_the_nodes(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--on", "slurm", "--nodes", "2", "--seconds", "1", "--json"]
+    code = main(["doctor", *words])
+    found = json.loads(capfd.readouterr().out)
+    assert [rank["host"] for rank in found["ranks"]] == ["n1", "n2"]
+    assert code == (1 if found["bad"] else 0)  # on a busy machine one of the two may be slow
+    assert list(tmp_path.iterdir()) == []
