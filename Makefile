@@ -5,7 +5,7 @@ EXTRAS := zero,accelerate,ray,wandb,data,remote,plots,dev
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format bench install clean parity
+.PHONY: demo test check format bench parity results install clean
 
 install: .venv/installed
 
@@ -40,6 +40,9 @@ bench: install
 
 parity: install
 	$(BIN)/python tests/parity_table.py
+
+results: install
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache

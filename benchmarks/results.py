@@ -1,0 +1,264 @@
+"""The results of the course: trains each row's recipe on 2 ranks, and rewrites a table of docs/RESULTS.md.
+
+    python benchmarks/results.py [ROW ...] [--runs runs/results] [--read]
+
+It also draws the plots of docs/course. Without a row it trains all of them, one after the other. `--read` trains
+nothing: it reads the runs that are there. Rows without a run keep the line that they have.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_train import plots
+from dist_train.report import RunRecord
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "RESULTS.md"
+BEGIN, END = "<!-- results: make results writes this table -->", "<!-- end of results -->"
+HEAD = """\
+| row | `dist-train train ...` | data | figure | floor | seconds | load | published |
+|---|---|---|---|---|---|---|---|
+"""
+PLAIN, DEEP, UNIT = "model.shortcut=none", "model.depth=56", "objective.variance=fixed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe with settings, and the metric of its last evaluation that is the result."""
+
+    id: str
+    name: str
+    recipe: str
+    data: str
+    metric: str
+    settings: tuple[str, ...] = ()
+    floor: str = "-"
+    published: str = "-"
+
+    @property
+    def command(self) -> str:
+        return " ".join([self.recipe, *(f"--set {setting}" for setting in self.settings)])
+
+
+ROWS = (
+    Row("F1", "softmax", "softmax-digits", "digits", "error", floor="<= 5 %"),
+    Row(
+        "F2",
+        "predicted variance",
+        "regression-diabetes",
+        "diabetes",
+        "nll",
+        floor="below the constant variance",
+    ),
+    Row(
+        "F2",
+        "constant variance",
+        "regression-diabetes",
+        "diabetes",
+        "constant_variance_nll",
+        (UNIT, "model.num_outputs=1"),
+    ),
+    Row("F2", "R2", "regression-diabetes", "diabetes", "r2", floor=">= 0.40"),
+    Row(
+        "F3",
+        "MLP",
+        "mlp-fashion",
+        "fashion-mnist",
+        "accuracy",
+        floor=">= 88 %",
+        published="90.0 %: MLP 256-128-64",
+    ),
+    Row(
+        "C1",
+        "LeNet-5",
+        "lenet-fashion",
+        "fashion-mnist",
+        "accuracy",
+        floor=">= 89 %",
+        published="87.6 %: 2 convolutions with pooling",
+    ),
+    Row("C2", "AlexNet", "alexnet-emoji", "emoji-google", "accuracy", floor="trains"),
+    Row(
+        "C3",
+        "VGG-11",
+        "vgg-fashion",
+        "fashion-mnist",
+        "accuracy",
+        floor=">= 91 %",
+        published="93.5 %: VGG-16, 26 M weights",
+    ),
+    Row(
+        "C4",
+        "ResNet-20",
+        "resnet20-fashion",
+        "fashion-mnist",
+        "accuracy",
+        floor=">= 92 %",
+        published="94.9 %: ResNet-18, more augmentation",
+    ),
+    Row("C4", "plain 20", "depth-fashion", "fashion-mnist", "error", (PLAIN,)),
+    Row(
+        "C4",
+        "plain 56",
+        "depth-fashion",
+        "fashion-mnist",
+        "error",
+        (PLAIN, DEEP),
+        floor="worse than plain 20",
+    ),
+    Row("C4", "residual 20", "depth-fashion", "fashion-mnist", "error"),
+    Row(
+        "C4",
+        "residual 56",
+        "depth-fashion",
+        "fashion-mnist",
+        "error",
+        (DEEP,),
+        floor="not worse than residual 20",
+    ),
+    Row("C6", "batch norm, rate 1.0", "batchnorm-digits", "digits", "error"),
+    Row(
+        "C6",
+        "no norm, rate 0.1",
+        "batchnorm-digits",
+        "digits",
+        "error",
+        ("model.norm=none", "optimizer.learning_rate=0.1"),
+    ),
+)
+
+PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
+    "course-softmax": ("step", ("softmax",), (("loss", "loss"), ("evaluate/error", "test error"))),
+    "course-regression": (
+        "step",
+        ("predicted variance", "constant variance"),
+        (
+            ("evaluate/r2", "test R2"),
+            ("evaluate/nll", "test negative log-likelihood"),
+        ),
+    ),
+    "course-fashion": (
+        "seconds",
+        ("MLP", "LeNet-5", "VGG-11", "ResNet-20"),
+        (("loss", "training loss"), ("evaluate/accuracy", "test accuracy")),
+    ),
+    "course-alexnet": (
+        "step",
+        ("AlexNet",),
+        (("loss", "training loss"), ("evaluate/accuracy", "test accuracy")),
+    ),
+    "course-depth": (
+        "epoch",
+        ("plain 20", "plain 56", "residual 20", "residual 56"),
+        (("loss", "training loss"), ("evaluate/error", "test error")),
+    ),
+    "course-normalisation": (
+        "step",
+        ("batch norm, rate 1.0", "no norm, rate 0.1"),
+        (("loss", "loss"), ("evaluate/error", "test error")),
+    ),
+}
+"""A plot: the x axis, the rows whose runs it shows, and its panels (figure, label)."""
+
+
+def folder_of(row: Row, runs: Path) -> Path:
+    """Rows with the same command share a run."""
+    return runs / row.command.replace(" --set ", "+").replace("=", "-")
+
+
+def train(row: Row, folder: Path) -> None:
+    """Train one row anew, and note how busy the machine was."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "dist_train", "train", row.recipe, "--ranks", "2"]
+    command += ["--run-dir", str(folder), "--set", "threads=1"]
+    for setting in row.settings:
+        command += ["--set", setting]
+    load = os.getloadavg()[0]
+    subprocess.run(command, check=True, cwd=ROOT)
+    (folder / "load.txt").write_text(f"{load:.1f}")
+
+
+def line(row: Row, folder: Path) -> str:
+    """The line of the table."""
+    record = RunRecord.read(folder)
+    value = record.curve(f"evaluate/{row.metric}")[-1][1]
+    share = row.metric in ("accuracy", "error")
+    figure = f"{100 * value:.2f} %" if share else f"{value:.3f}"
+    load = folder / "load.txt"
+    cells = [
+        row.id,
+        f"`{row.command}`",
+        row.data,
+        f"{row.name}: {row.metric.replace('_', ' ')} {figure}",
+        row.floor,
+        f"{record.rows[-1]['seconds']:.0f}",
+        load.read_text() if load.exists() else "-",
+        row.published,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def rewrite(lines: dict[str, str], kept: str) -> str:
+    """The page with each row's new line, or the one that it had."""
+    before, _, rest = kept.partition(BEGIN)
+    table, _, after = rest.partition(END)
+    old = {key(text): text for text in table.splitlines() if text.startswith("| ")}
+    names = [f"{row.id} {row.name}" for row in ROWS]
+    shown = [lines.get(name) or old.get(name) for name in names]
+    body = "\n".join(text for text in shown if text)
+    return f"{before}{BEGIN}\n\n{HEAD}{body}\n\n{END}{after}"
+
+
+def key(text: str) -> str:
+    """Which row a line is: its id and name."""
+    cells = [cell.strip() for cell in text.split("|")]
+    return f"{cells[1]} {cells[4].partition(':')[0]}"
+
+
+def plot(runs: Path) -> None:
+    """Write the plots of which every run is there."""
+    by_name = {row.name: folder_of(row, runs) for row in ROWS}
+    for name, (x, rows, panels) in PLOTS.items():
+        if not all((by_name[row] / "metrics.jsonl").exists() for row in rows):
+            continue
+        records = {row: RunRecord.read(by_name[row]) for row in rows}
+        shown = []
+        for figure, label in panels:
+            curves = {}
+            for row, record in records.items():
+                at = {entry["step"]: entry.get(x, entry["step"]) for entry in record.rows}
+                points = record.curve(figure)
+                curves[row] = ([at[step] for step, _ in points], [value for _, value in points])
+            shown.append((label, curves))
+        plots.line_plot(ROOT / "docs" / "images" / f"{name}.png", shown, x_label=x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="*", help="ids like F1, C4; all by default")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
+    parser.add_argument("--read", action="store_true", help="train nothing, read the runs")
+    options = parser.parse_args()
+    chosen = [row for row in ROWS if not options.rows or row.id in options.rows]
+    lines, done = {}, set()
+    for row in chosen:
+        folder = folder_of(row, options.runs.resolve())
+        if not options.read and folder not in done:
+            train(row, folder)
+        done.add(folder)
+        if (folder / "metrics.jsonl").exists():
+            lines[f"{row.id} {row.name}"] = line(row, folder)
+            print(lines[f"{row.id} {row.name}"])
+    PAGE.write_text(rewrite(lines, PAGE.read_text()))
+    plot(options.runs.resolve())
+    print(f"{PAGE}, {time.strftime('%Y-%m-%d')}")
+
+
+if __name__ == "__main__":
+    main()
