@@ -37,6 +37,7 @@ bench: install
 	$(BIN)/python benchmarks/trainer.py
 	$(BIN)/python benchmarks/reader.py
 	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/watch.py
 
 parity: install
 	$(BIN)/python tests/parity_table.py

@@ -43,9 +43,9 @@ class World:
     ) -> World:
         """Take the place that the launcher (torchrun, accelerate, deepspeed, ours) gave in RANK, WORLD_SIZE, ....
 
-        A task of plain `srun` takes it from Slurm's own variables. Without those this process is the whole world. `group`
-        asks for a process group even then (DeepSpeed cannot do without one). A collective fails after `timeout`, by
-        default COLLECTIVE_TIMEOUT.
+        A task of plain `srun` takes it from Slurm's own variables. Without those this process is the whole world.
+        `group` asks for a process group even then (DeepSpeed cannot do without one). A collective fails after
+        `timeout`, by default COLLECTIVE_TIMEOUT.
         """
         import torch
         import torch.distributed as dist

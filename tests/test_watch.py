@@ -123,6 +123,18 @@ def test_who_is_at_fault(stuck: Any, size: int, ranks: list[int], clause: str) -
     assert text.startswith(clause)
 
 
+def test_a_save_that_writes_is_left_alone(tmp_path: Path) -> None:
+    directory = RunDirectory.create_at(tmp_path / "run")
+    (directory.path / "watch").mkdir()
+    heart = Heartbeat()
+    with heart.watched(directory.path, 0, 1, 0.5), (tmp_path / "tensors").open("wb", 0) as file:
+        heart.enter("save")
+        for _ in range(8):
+            file.write(b"x" * 1000)
+            signal.sigtimedwait([signal.SIGUSR1], 0.2)
+    assert not (directory.logs / "hang.txt").exists()
+
+
 def test_a_watched_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     """Also where it takes longer than the limit in all, and where nothing is expected of it."""
     directory = RunDirectory.create_at(tmp_path / "run")
