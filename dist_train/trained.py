@@ -24,7 +24,7 @@ def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
     silent = {
         k: v
         for k, v in recipe.callback_specs.items()
-        if v["name"] not in ("console", "wandb", "samples", "confusion")
+        if v["name"] not in ("console", "wandb", "samples", "confusion", "activation_scale")
     }
     recipe = recipe.set("callbacks", silent).set("strategy", "single")
     recipe.importable()

@@ -56,12 +56,15 @@ def export(
         str | None,
         typer.Option(metavar="live|INSTANCE", help="Whose weights (default: what evaluate uses)."),
     ] = None,
+    format: Annotated[
+        str, typer.Option(metavar="hf|onnx|pt2", help="Safetensors, or a program of either kind.")
+    ] = "hf",
     as_json: Json = False,
 ) -> None:
-    """Write config.json, model.safetensors and a README, as the Hugging Face hub has them."""
+    """Write a run's networks for others: as the Hugging Face hub has them, or as a program."""
     from dist_train.export import export as export_run
 
-    answer(as_json, lambda: export_run(run, out, weights))
+    answer(as_json, lambda: export_run(run, out, weights, format))
 
 
 def _show(result: dict[str, Any]) -> None:

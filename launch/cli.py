@@ -20,6 +20,7 @@ from dist_train.launch import (
     catalogue,
     checkpoints,
     demo_command,
+    diagnose,
     doctor,
     launch,
     new,
@@ -64,6 +65,7 @@ train.register(app)
 launch.register(app)
 trained.register(app)
 checkpoints.register(app)
+diagnose.register(app)
 catalogue.register(app)
 doctor.register(app)
 new.register(app)

@@ -31,6 +31,7 @@ COMMANDS = [
     "verify",
     "shards",
     "checkpoint",
+    "diagnose",
 ]
 
 
@@ -68,7 +69,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
 def test_every_command_has_help_and_json(command, capfd):
     assert main([command, "--help"]) == 0
     text = capfd.readouterr().out
-    if command not in ("shards", "checkpoint"):
+    if command not in ("shards", "checkpoint", "diagnose"):
         assert "--json" in text
     assert "micro-order" not in text
 

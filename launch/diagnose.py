@@ -1,0 +1,37 @@
+"""`dist-train diagnose`: measured answers to what one would else guess."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_train.launch.output import Json, answer
+
+diagnose = typer.Typer(help="Measure what one would else guess.", rich_markup_mode=None)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(diagnose, name="diagnose")
+
+
+@diagnose.command("learning-rate")
+def learning_rate(
+    recipe: Annotated[str, typer.Argument(help="A name, a YAML file or a run directory.")],
+    low: Annotated[float, typer.Option("--from", help="The first rate.")] = 1e-6,
+    high: Annotated[float, typer.Option("--to", help="The last rate.")] = 10.0,
+    steps: Annotated[int, typer.Option(min=20, help="Steps of the sweep.")] = 200,
+    run_dir: Annotated[Path | None, typer.Option(help="The exact directory to write to.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train once while the learning rate rises, plot the loss over it, and suggest a rate."""
+    from dist_train.recipe import Recipe
+    from dist_train.sweep_rate import sweep_rate
+
+    made = Recipe.load(recipe, settings or [])
+    answer(as_json, lambda: sweep_rate(made, low=low, high=high, steps=steps, run_dir=run_dir))
