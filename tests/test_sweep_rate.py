@@ -50,7 +50,7 @@ def test_a_sweep_goes_up_until_the_loss_breaks(tiny_data: Path, tmp_path: Path) 
         suggested, tmp_path / "run", steps=60, optimizer__learning_rate=found["suggested"]
     )
     losses = [row["loss"] for row in RunDirectory(run).rows()]
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
 def test_by_the_command(
