@@ -121,6 +121,12 @@ def _asked(environ: Mapping[str, str]) -> Iterator[Asked]:
 
     if precision := said("ACCELERATE_MIXED_PRECISION"):
         yield Asked("precision", *precision)
+    if dynamo := said("ACCELERATE_DYNAMO_BACKEND"):
+        if dynamo[0] != "inductor":
+            raise UserError(
+                f"accelerate says {dynamo[1]}, which a recipe cannot: expected inductor"
+            )
+        yield Asked("compile", True, dynamo[1])
     if said("ACCELERATE_USE_DEEPSPEED") is None:
         return
     if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").replace("none", ""):
@@ -211,7 +217,6 @@ def _with(recipe: Recipe, key: str, value: Any, words: str) -> Recipe:
 def _refuse(environ: Mapping[str, str]) -> None:
     """What accelerate can be asked for and a recipe has no word for."""
     for name, what in (
-        ("ACCELERATE_DYNAMO_BACKEND", "networks run as they are"),
         ("ACCELERATE_USE_FSDP", "strategies are single, ddp, zero1, zero2 and zero3"),
         ("ACCELERATE_USE_MEGATRON_LM", "strategies are single, ddp, zero1, zero2 and zero3"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "strategies are single, ddp, zero1, zero2 and zero3"),

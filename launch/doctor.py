@@ -124,6 +124,8 @@ def examine() -> dict[str, Any]:
         if Path("/dev/shm").is_dir()
         else None,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "locked_memory": _limit(resource.RLIMIT_MEMLOCK),
+        "processes": _limit(resource.RLIMIT_NPROC),
         "backends": {
             "gloo": dist.is_available() and dist.is_gloo_available(),
             "nccl": _nccl(),
@@ -146,6 +148,8 @@ def _advice(found: dict[str, Any]) -> list[str]:
         )
     if found["open_files"] < FEW_FILES:
         advice.append(f"few open files are allowed: ulimit -n {FEW_FILES * 4}")
+    if found["backends"]["nccl"] and found["locked_memory"] != "unlimited":
+        advice.append("RDMA networks need memory that may be locked: ulimit -l unlimited")
     shared = found["shared_memory_gib"]
     if shared is not None and shared < _gib(LITTLE_SHARED_MEMORY):
         advice.append(
@@ -161,6 +165,11 @@ def _advice(found: dict[str, Any]) -> list[str]:
         if state.startswith("needs"):
             advice.append(f"data {name} {state}: pip install 'dist-train[data]'")
     return advice
+
+
+def _limit(what: int) -> int | str:
+    soft = resource.getrlimit(what)[0]
+    return "unlimited" if soft == resource.RLIM_INFINITY else soft
 
 
 def _nccl() -> str | bool:

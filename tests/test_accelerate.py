@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[1] / "launch" / "accelerate_configs"
 def recipe(data: Path, **settings: Any) -> Recipe:
     """A recipe that leaves strategy and precision open, unless `settings` say otherwise."""
     made = cases.tiny_recipe("resnet", data).as_dict()
-    for key in ("strategy", "precision", "callbacks"):
+    for key in ("strategy", "precision", "callbacks", "compile"):
         del made[key]
     return Recipe(**made | settings)
 
@@ -41,6 +41,7 @@ def test_what_the_recipe_leaves_open_comes_from_accelerate(tiny_data: Path) -> N
     open_ = recipe(tiny_data)
     assert adopt(open_, {}).as_dict() == open_.as_dict()
     assert adopt(open_, {"ACCELERATE_MIXED_PRECISION": "bf16"}).precision == "bf16"
+    assert adopt(open_, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}).compile is True
     for stage, name in enumerate(("ddp", "zero1", "zero2", "zero3")):
         assert adopt(open_, zero(stage)).strategies == {"model": {"name": name}}
     clipped = adopt(open_, zero(1, ACCELERATE_GRADIENT_CLIPPING="0.5"))
@@ -69,7 +70,12 @@ def test_what_both_say_alike_is_fine(tiny_data: Path) -> None:
         ),
         ({}, zero(1, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="3"), ["4 micro-batches", "STEPS=3"]),
         ({}, zero(3, ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="nvme"), ["nvme", "cpu or none"]),
-        ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["ACCELERATE_DYNAMO_BACKEND=INDUCTOR"]),
+        ({}, {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, ["BACKEND=EAGER", "expected inductor"]),
+        (
+            {"compile": ["layer*"]},
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            ["compile", "layer*", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR"],
+        ),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, ["ACCELERATE_USE_FSDP=true", "zero3"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import cases
 import pytest
+from slurm_cluster import wait_for
 
 from dist_train.testing import assert_same_run
 
@@ -77,6 +79,29 @@ def test_launch_on_accelerate_makes_the_same_run(ours: tuple[Path, Path], tmp_pa
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(run, tmp_path / "run")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by the parent-death signal of Linux")
+def test_no_rank_outlives_torchrun(ours: tuple[Path, Path], tmp_path: Path) -> None:
+    """torchrun itself leaves its ranks, when it is killed."""
+    words = [str(ours[0]), "--run-dir", str(tmp_path / "run"), "--set", "duration=100000 steps"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = subprocess.Popen([*LAUNCHERS["torchrun"], "train", *words], env=environ)
+    rows = tmp_path / "run" / "metrics.jsonl"
+
+    def ranks() -> int:
+        lines = Path("/proc").glob("[0-9]*/cmdline")
+        with contextlib.suppress(OSError):
+            return sum(str(rows.parent).encode() in path.read_bytes() for path in lines)
+        return -1  # one has ended meanwhile
+
+    try:
+        wait_for(rows.exists, "a first row")
+        assert ranks() >= 3
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+    wait_for(lambda: ranks() == 0, "the end of all ranks", 30)
 
 
 def test_a_script_needs_no_main_guard() -> None:
