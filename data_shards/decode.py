@@ -57,6 +57,12 @@ def decode_npy(view: memoryview) -> np.ndarray:
     return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
 
+def decode_elements(view: memoryview, dtype: str, shape: list[int | None]) -> np.ndarray:
+    """The array whose elements these are; one of one axis may have any length."""
+    array = np.frombuffer(view, dtype)
+    return array if len(shape) == 1 else array.reshape([size or 0 for size in shape])
+
+
 DECODERS: dict[str, Callable[[memoryview], Any]] = {
     "npy": decode_npy,
     "cls": lambda view: int(bytes(view)),

@@ -17,12 +17,16 @@ VERSION = 1
 
 @dataclass
 class Field:
-    """One file of each sample. `shape` has None where samples differ; `kind` is what a batch makes of it."""
+    """One file of each sample. `shape` has None where samples differ; `kind` is what a batch makes of it.
+
+    `raw` is that of packed samples: the bytes are the elements of an array, without a header.
+    """
 
     name: str
     kind: str  # image | array | tokens | label | text | json | bytes
     dtype: str | None = None
     shape: list[int | None] | None = None
+    raw: bool = False
 
 
 @dataclass
@@ -149,14 +153,21 @@ class Index:
 
     def to_json(self) -> str:
         """The text of `index.json`: all values, and a digest of them."""
-        values = {**dataclasses.asdict(self), "digest": self.fingerprint}
+        values = {**self._values(), "digest": self.fingerprint}
         return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that the index says, and so of every byte of the data."""
-        values = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = json.dumps(self._values(), sort_keys=True)
         return hashlib.sha256(values.encode()).hexdigest()
+
+    def _values(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        for spec in values["fields"].values():
+            if not spec["raw"]:
+                del spec["raw"]
+        return values
 
     def describe(self) -> dict[str, Any]:
         """The values that `auto` can take in a recipe, those that the data know."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.data_shards import decode, tar, tokens
+from dist_train.data_shards import decode, packed, tar, tokens
 from dist_train.data_shards.index import Field, Index, LeftOut, Shard, sha256, sidecar
 from dist_train.data_shards.publish import publish
 from dist_train.data_shards.survey import survey, undecodable
@@ -74,9 +74,10 @@ def index_shards(
     left_out: list[LeftOut] | None = [] if on_damage == "skip" else None
     suffixes: list[str] | None = list(old.fields) if old else None
     splits: dict[str, list[Shard]] = {}
+    elements: packed.Elements = {}
     for path in paths:
         split, before = known.get(path.name, (names[path.name], None))
-        found = _scan(path, suffixes, before, left_out)
+        found = _scan(path, suffixes, before, left_out, elements)
         if found is None:
             continue
         suffixes, shard = found
@@ -91,7 +92,15 @@ def index_shards(
         raise UserError(f"{folder}: no sample is whole: {reasons}")
     if facts is None:
         facts = _facts(folder, old)
-    return finish_index(folder, suffixes, splits, facts, left_out=left_out, decode_all=decode_all)
+    return finish_index(
+        folder,
+        suffixes,
+        splits,
+        facts,
+        elements=elements,
+        left_out=left_out,
+        decode_all=decode_all,
+    )
 
 
 def finish_index(
@@ -100,6 +109,7 @@ def finish_index(
     splits: dict[str, list[Shard]],
     facts: Facts,
     *,
+    elements: packed.Elements | None = None,
     left_out: list[LeftOut] | None = None,
     decode_all: bool = False,
 ) -> Index:
@@ -112,7 +122,7 @@ def finish_index(
     order = [*dict.fromkeys(SPLITS.values()), *sorted(splits)]
     index = Index(
         name=facts.name,
-        fields={suffix: Field(decode.field_name(suffix), "bytes") for suffix in suffixes},
+        fields={suffix: _field(suffix, elements or {}) for suffix in suffixes},
         splits={split: splits[split] for split in dict.fromkeys(order) if split in splits},
         classes=list(facts.classes),
         vocabulary=facts.vocabulary,
@@ -128,14 +138,34 @@ def finish_index(
     return index
 
 
+def _field(suffix: str, elements: packed.Elements) -> Field:
+    name = decode.field_name(suffix)
+    if suffix not in elements:
+        return Field(name, "bytes")
+    dtype, shape = elements[suffix]
+    return Field(name, "bytes", str(np.dtype(dtype)), shape, raw=True)
+
+
 def _scan(
-    path: Path, suffixes: list[str] | None, before: Shard | None, left_out: list[LeftOut] | None
+    path: Path,
+    suffixes: list[str] | None,
+    before: Shard | None,
+    left_out: list[LeftOut] | None,
+    elements: packed.Elements,
 ) -> tuple[list[str], Shard] | None:
     """(suffixes, shard) of one tar whose table is written beside it; None if no sample of it is whole."""
     lost: tar.Lost | None = None if left_out is None else []
-    found, table = tar.scan(path, suffixes, lost)
+    in_blocks = packed.is_packed(path)
+    found, table = tar.scan(path, None if in_blocks else suffixes, lost)
+    if in_blocks and found is not None and len(table):
+        found, table, own = packed.expand(path, found, table)
+        if suffixes not in (None, found) or (elements and elements != own):
+            raise UserError(
+                f"{path}: has the fields {found} of {own}, others have {suffixes} of {elements}"
+            )
+        elements |= own
     if lost and left_out is not None:
-        known = [count for count, _ in lost if count is not None]
+        known = [count for count, _ in lost if count is not None and not in_blocks]
         samples = sum(known) if len(known) == len(lost) else None
         if before is not None:
             samples = before.samples - len(table)

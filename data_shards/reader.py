@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train.data_shards import decode, tar
-from dist_train.data_shards.index import Index, Shard
+from dist_train.data_shards import decode, packed, tar
+from dist_train.data_shards.index import Field, Index, Shard
 from dist_train.data_shards.order import Order, default_streams
 from dist_train.data_shards.pictures import decode_picture
 from dist_train.data_shards.storage import Bucket, Folder, Storage
@@ -113,12 +114,7 @@ class Shards:
 
     def views(self, name: str, ids: np.ndarray) -> list[memoryview]:
         """The bytes of one field of many samples, not copied."""
-        if name not in self.fields:
-            known = ", ".join(self.fields)
-            raise UserError(
-                f"{self.storage.name}: no field '{name}'{nearest(name, self.fields)} (there are {known})"
-            )
-        place = 2 * self.fields[name][0]
+        place, _ = self._field(name)
         views = []
         for data, table, row in self._locate(ids):
             start = table[row + place]
@@ -127,16 +123,46 @@ class Shards:
 
     def column(self, name: str, ids: np.ndarray) -> Any:
         """One field of many samples: an array (len(ids), ...) where `.npy` headers agree, else a list."""
+        place, suffix = self._field(name)
+        spec = self.index.fields[suffix]
+        if spec.raw and spec.kind != "tokens":
+            return self._gathered(place, spec, ids)
         views = self.views(name, ids)
-        if self.fields[name][1].rpartition(".")[2] == "npy":
+        if suffix.rpartition(".")[2] == "npy":
             stacked = self._stacked(int(ids[0]), name, views)
             if stacked is not None:
                 return stacked
         return [self._decode(i, name, view) for i, view in zip(ids.tolist(), views, strict=True)]
 
+    def _field(self, name: str) -> tuple[int, str]:
+        """(where the field stands in a row of the table, its suffix)."""
+        if name not in self.fields:
+            known = ", ".join(self.fields)
+            raise UserError(
+                f"{self.storage.name}: no field '{name}'{nearest(name, self.fields)} (there are {known})"
+            )
+        number, suffix = self.fields[name]
+        return 2 * number, suffix
+
+    def _gathered(self, place: int, spec: Field, ids: np.ndarray) -> np.ndarray:
+        """Elements of one shape as one array: each shard is seen as rows that begin at every byte, some are taken."""
+        dtype, shape = np.dtype(spec.dtype), tuple(size or 0 for size in spec.shape or ())
+        size = dtype.itemsize * math.prod(shape)
+        gathered = np.empty((len(ids), size), np.uint8)
+        numbers, rows = self._rows(ids)
+        for number in np.unique(numbers).tolist() if size else ():
+            data, table = self._open.get(number) or self._map(number)
+            own = numbers == number
+            offsets = np.frombuffer(table, np.int64).reshape(-1, self._width)
+            starts = offsets[rows[own], place]
+            content = np.frombuffer(data, np.uint8)
+            every = np.lib.stride_tricks.sliding_window_view(content, size)
+            gathered[own] = every[starts]
+        return gathered.view(dtype).reshape(len(ids), *shape)
+
     def _stacked(self, i: int, name: str, views: list[memoryview]) -> np.ndarray | None:
         """`.npy` files with one header as one array, each copied once; None where headers differ."""
-        first = self._decode(i, name, views[0])
+        first = np.asarray(self._decode(i, name, views[0]))
         size = first.nbytes
         start = len(views[0]) - size
         header = bytes(views[0][:start])
@@ -161,11 +187,14 @@ class Shards:
     def key(self, i: int) -> str:
         """The key of sample `i`, read from its tar header."""
         ((_, table, row),) = self._locate(np.array([i]))
+        path = self.storage.tar(self._shard(i))
+        if packed.is_packed(path):
+            return packed.key_of(path, list(table[row : row + self._width]))
         offset = table[row]
         near = range(max(0, row - self._width), row + self._width, 2)
         ends = [-(-(table[at] + table[at + 1]) // tar.BLOCK) * tar.BLOCK for at in near]
         start = max([0, *(end for end in ends if end <= offset)])
-        return tar.key_at(self.storage.tar(self._shard(i)), start, offset)
+        return tar.key_at(path, start, offset)
 
     def where(self, i: int) -> str:
         """Shard and key of sample `i`, for messages."""
@@ -178,6 +207,10 @@ class Shards:
         suffix = self.fields[name][1]
         kind = suffix.rpartition(".")[2]
         try:
+            if self.index.fields[suffix].raw:
+                spec = self.index.fields[suffix]
+                array = decode.decode_elements(view, spec.dtype or "", spec.shape or [])
+                return int(array) if kind == "cls" else array
             if kind in decode.PICTURES:
                 shape = self.index.fields[suffix].shape
                 return decode_picture(view, shape[2] if shape else None)
@@ -191,13 +224,17 @@ class Shards:
 
     def _locate(self, ids: np.ndarray) -> Iterator[tuple[memoryview, memoryview, int]]:
         """For each of `ids`: (bytes of its shard, the shard's flat table, where the sample begins in that table)."""
-        numbers = np.searchsorted(self._stops, ids, "right")
-        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
-            raise IndexError(f"sample {ids.min()} or {ids.max()} of {len(self)}")
-        rows = (ids - self._stops[numbers] + self.sizes[numbers]) * self._width
-        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+        numbers, rows = self._rows(ids)
+        for number, row in zip(numbers.tolist(), (rows * self._width).tolist(), strict=True):
             data, table = self._open.get(number) or self._map(number)
             yield data, table, row
+
+    def _rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the shard of each of `ids`, its row in that shard's table)."""
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
+            raise IndexError(f"sample {ids.min()} or {ids.max()} of {len(self)}")
+        numbers = np.searchsorted(self._stops, ids, "right")
+        return numbers, ids - self._stops[numbers] + self.sizes[numbers]
 
     def _map(self, number: int) -> Mapped:
         """Map a shard and its table; both stay mapped until `most_open` others have been."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data_shards import tar
+from dist_train.data_shards import packed, tar
 from dist_train.data_shards.decode import encode
 from dist_train.data_shards.index import Shard, sha256, sidecar
 from dist_train.data_shards.publish import publish
@@ -30,6 +30,7 @@ class Written:
 
     shard: Shard
     suffixes: list[str]
+    elements: packed.Elements
 
 
 def prepare(suffix: str, value: Any) -> Value:
@@ -49,13 +50,15 @@ def size_of(value: Value) -> int:
     return value.nbytes + 128 if isinstance(value, np.ndarray) else len(value)
 
 
-def write(path: Path, samples: list[Sample]) -> Written:
-    """Write a shard, or take the one that stands there if it was made of the same samples and is whole."""
-    suffixes = [suffix for suffix, _ in samples[0][1]]
-    made_of = _fingerprint(samples)
+def write(path: Path, samples: list[Sample], records: int = 0) -> Written:
+    """Write a shard, or take the one that stands there if it was made of the same samples and is whole.
+
+    With `records` that many samples share a block, see `packed`.
+    """
+    made_of = f"{records} {_fingerprint(samples)}"
     done = _finished(path, made_of)
     if done is not None:
-        return Written(done, suffixes)
+        return done
     _journal(path).unlink(missing_ok=True)
     part = path.with_suffix(".tar.part")
     part.unlink(missing_ok=True)
@@ -63,7 +66,7 @@ def write(path: Path, samples: list[Sample]) -> Written:
     table: list[int] = []
     place = 0
     with part.open("xb", buffering=1 << 20) as file:
-        for block, size in _blocks(samples):
+        for block, size in _blocks(samples, records):
             if size is not None:
                 table += (place, size)
             file.write(block)
@@ -71,7 +74,14 @@ def write(path: Path, samples: list[Sample]) -> Written:
             place += len(block)
         file.flush()
         os.fsync(file.fileno())
-    offsets = encode("npy", np.array(table, np.int64).reshape(len(samples), len(suffixes), 2))
+    suffixes = [suffix for suffix, _ in samples[0][1]]
+    elements: packed.Elements = {}
+    rows = np.array(table, np.int64).reshape(-1, len(table) // 2 if records else len(suffixes), 2)
+    if records:
+        names, scanned = tar.scan(part)
+        assert names is not None
+        suffixes, rows, elements = packed.expand(part, names, scanned)
+    offsets = encode("npy", rows)
     publish(sidecar(path), offsets)
     part.replace(path)
     made = Shard(
@@ -81,9 +91,10 @@ def write(path: Path, samples: list[Sample]) -> Written:
         digest.hexdigest(),
         hashlib.sha256(offsets).hexdigest(),
     )
-    journal = {"made_of": made_of, "shard": dataclasses.asdict(made)}
+    written = Written(made, suffixes, elements)
+    journal = {"made_of": made_of, **dataclasses.asdict(written)}
     publish(_journal(path), json.dumps(journal).encode())
-    return Written(made, suffixes)
+    return written
 
 
 def remove_journals(folder: Path, files: set[str]) -> None:
@@ -98,17 +109,21 @@ def _journal(path: Path) -> Path:
     return path.with_suffix(".done.json")
 
 
-def _finished(path: Path, made_of: str) -> Shard | None:
+def _finished(path: Path, made_of: str) -> Written | None:
     """The shard as an earlier try finished it, if it was made of the same and nothing has happened to it."""
     try:
         journal = json.loads(_journal(path).read_bytes())
         if journal["made_of"] != made_of:
             return None
         made = Shard(**journal["shard"])
+        elements = {
+            suffix: (dtype, shape) for suffix, (dtype, shape) in journal["elements"].items()
+        }
+        written = Written(made, journal["suffixes"], elements)
         whole = (made.sha256, made.offsets_sha256) == (sha256(path), sha256(sidecar(path)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return made if whole else None
+    return written if whole else None
 
 
 def _fingerprint(samples: list[Sample]) -> str:
@@ -129,11 +144,24 @@ def _fingerprint(samples: list[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _blocks(samples: list[Sample]) -> Iterator[tuple[bytes, int | None]]:
+def _blocks(samples: list[Sample], records: int) -> Iterator[tuple[bytes, int | None]]:
     """The bytes of a tar, piece by piece: (header, None), (content with its padding, size of the content)."""
+    for name, content in _files(samples, records):
+        yield tar.header(name, len(content)), None
+        yield content + bytes(-len(content) % tar.BLOCK), len(content)
+    yield bytes(2 * tar.BLOCK), None
+
+
+def _files(samples: list[Sample], records: int) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the members."""
+    if records:
+        read = [(key, [(s, _content(s, value)) for s, value in fields]) for key, fields in samples]
+        yield from packed.blocks(read, records)
+        return
     for key, fields in samples:
         for suffix, value in fields:
-            content = value.read_bytes() if isinstance(value, Path) else encode(suffix, value)
-            yield tar.header(f"{key}.{suffix}", len(content)), None
-            yield content + bytes(-len(content) % tar.BLOCK), len(content)
-    yield bytes(2 * tar.BLOCK), None
+            yield f"{key}.{suffix}", _content(suffix, value)
+
+
+def _content(suffix: str, value: Value) -> bytes:
+    return value.read_bytes() if isinstance(value, Path) else encode(suffix, value)

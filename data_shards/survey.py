@@ -54,7 +54,7 @@ def survey(folder: Path, index: Index) -> None:
         if kind in decode.PICTURES:
             spec.kind, spec.dtype = "image", "uint8"
         elif kind == "npy":
-            array = decode.decode_npy(first.raw(0)[spec.name])
+            array = first.value(0, spec.name)
             image = spec.name == "image" and array.dtype == np.uint8 and array.ndim in (2, 3)
             tokens = spec.name == "tokens" and array.ndim == 1 and array.dtype.kind in "ui"
             spec.kind = "image" if image else "tokens" if tokens else "array"

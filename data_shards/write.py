@@ -44,6 +44,7 @@ def write_shards(
     samples: Iterable[Row],
     *,
     shard_size: int | str = "256MiB",
+    records: int = 0,
     classes: list[str] | None = None,
     vocabulary: int | None = None,
     source: str = "",
@@ -54,13 +55,16 @@ def write_shards(
 ) -> Index:
     """Write `samples` as tars `name-split-000000.tar`, ... and their index into the new folder `out`.
 
-    `shard_size` is a size ("256MiB") or a number of samples. `workers` threads write (None: one a core), and change
-    nothing in what is written; `progress` hears how many samples were written whenever a shard is done. `out` appears
-    whole or not at all; after a kill the same call goes on with the shards that were done.
+    `shard_size` is a size ("256MiB") or a number of samples. With `records`, that many samples share a member a field
+    (see `packed`): for small ones. `workers` threads write (None: one a core), and change nothing in what is written;
+    `progress` hears how many samples were written whenever a shard is done. `out` appears whole or not at all; after a
+    kill the same call goes on with the shards that were done.
     UserError: `out` is not empty, a key or a split that cannot be, a sample that lacks a field.
     """
     if not NAME.fullmatch(name):
         raise UserError(f"name '{name}': use letters, digits, '_', '.' and '-'")
+    if isinstance(records, bool) or not isinstance(records, int) or records < 0:
+        raise UserError(f"records {records!r}: how many samples share a block, or 0")
     limits = _limits(shard_size)
     workers = workers or min(8, os.cpu_count() or 1)
     splits: dict[str, list[shard.Written]] = {}
@@ -76,7 +80,9 @@ def write_shards(
         try:
             for group in _groups(samples, limits):
                 path = folder / f"{name}-{group.split}-{group.number:06d}.tar"
-                waiting.append((group.split, pool.submit(shard.write, path, group.samples)))
+                waiting.append(
+                    (group.split, pool.submit(shard.write, path, group.samples, records))
+                )
                 while len(waiting) > workers:
                     finish_one()
             while waiting:
@@ -90,9 +96,16 @@ def write_shards(
         facts = Facts(name, classes or [], vocabulary, source, licence)
         if tokenizer is not None:
             publish(folder / tokens.FILE, tokenizer.to_json().encode())
-        suffixes = next(iter(splits.values()))[0].suffixes
+        first = next(iter(splits.values()))[0]
+        for done in splits.values():
+            for one in done:
+                if one.elements != first.elements:
+                    raise UserError(
+                        f"{one.shard.file}: arrays of {one.elements}, others have {first.elements}; "
+                        "samples packed in blocks need one shape (records 0 packs them one by one)"
+                    )
         shards = {split: [one.shard for one in done] for split, done in splits.items()}
-        return finish_index(folder, suffixes, shards, facts)
+        return finish_index(folder, first.suffixes, shards, facts, elements=first.elements)
 
 
 @dataclass

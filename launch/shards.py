@@ -29,6 +29,10 @@ def pack(
     shard_size: Annotated[
         str, typer.Option(help="The size of a shard, or a number of samples.")
     ] = "256MiB",
+    records: Annotated[
+        int,
+        typer.Option(min=0, help="Samples that share a member a field, for small ones; 0: none."),
+    ] = 0,
     fields: Annotated[
         str | None,
         typer.Option(help="Of tables and arrays: SUFFIX=COLUMN,... like cls=digit,x.npy=age+bmi."),
@@ -55,7 +59,13 @@ def pack(
     def work() -> dict[str, Any]:
         with progress("packed") as heard:
             made = pack_source(
-                source, out, shard_size=size, workers=workers, progress=heard, **options
+                source,
+                out,
+                shard_size=size,
+                records=records,
+                workers=workers,
+                progress=heard,
+                **options,
             )
         return _described(out, made)
 
