@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 from dist_train.data_shards.index import Index
-from dist_train.data_shards.sources import NAMED, locate
 from dist_train.errors import UserError
 from dist_train.launch.snapshot import MAX_BYTES
 from dist_train.launch.spec import Spec
@@ -17,12 +16,20 @@ from dist_train.recipe import Recipe
 def check_recipe(recipe: Recipe, spec: Spec, *, dry_run: bool) -> None:
     """Raise UserError for shards, batches or parts that cannot train on the ranks of `spec`.
 
-    A dry run looks at files only: it packs nothing, and imports no part (and with them torch).
+    A dry run looks at files only: it packs nothing, asks no network, and imports no part (and with them torch).
     """
     check_shares(recipe, spec)
-    check_shards(recipe, dry_run=dry_run)
-    if not dry_run:
-        recipe.check_components()
+    if dry_run:
+        check_folders(recipe)
+        return
+    recipe.check_components()
+
+    from dist_train.data import describe, evaluation_batches
+    from dist_train.world import World
+
+    describe(recipe)  # which opens every index, near or far, and packs what is named
+    if recipe.evaluate is not None:
+        evaluation_batches(recipe, World(), recipe.evaluate.split)
 
 
 def check_shares(recipe: Recipe, spec: Spec) -> None:
@@ -38,16 +45,22 @@ def check_shares(recipe: Recipe, spec: Spec) -> None:
         )
 
 
-def check_shards(recipe: Recipe, *, dry_run: bool) -> None:
-    """The shards must be there, with an index, and with the splits that the recipe names."""
-    data = recipe.data
-    source = data.name or str(data.path)
-    if dry_run and source in NAMED:
-        return  # a named source is packed on first use, which a dry run is not
-    index = Index.load(locate(source, recipe.root, **data.options))
-    index.samples(data.split)
-    if recipe.evaluate is not None:
-        index.samples(recipe.evaluate.split)
+def check_folders(recipe: Recipe) -> None:
+    """Folders of shards on this machine must be there; where they have an index, with the splits of the recipe."""
+    splits = [recipe.evaluate.split] if recipe.evaluate is not None else []
+    for stream, where in recipe.data.located():
+        for source in stream.origins:
+            if source.path is None or source.is_remote:
+                continue
+            folder = recipe.root / Path(source.path).expanduser()
+            if not any(folder.glob("*.tar")):
+                raise UserError(
+                    f"{where}.path: {folder} holds no .tar shards, expected a folder of them"
+                )
+            if (folder / "index.json").is_file():
+                index = Index.read(folder)
+                for split in (stream.split, *splits):
+                    index.samples(split)
 
 
 def check_directory(path: Path) -> None:
