@@ -1,6 +1,6 @@
 """A run that is told to end early: all ranks stop at the same place, save there, and leave.
 
-A signal (SIGTERM, SIGUSR2, SIGINT) to any rank is enough, and its handler does nothing. The interpreter writes its
+A signal (SIGTERM, SIGUSR2, SIGINT) to any rank is enough, and its handler sets a flag. The interpreter writes its
 number into a pipe at once, even while this rank waits in a collective; a thread reads it there and tells the
 others through the store by which the ranks found each other. Each rank's thread then publishes how many places
 (ends of steps) its rank has passed, and closes the gate behind it: the first that nobody has passed is where all stop.
@@ -15,7 +15,7 @@ import select
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dist_train.world import COLLECTIVE_TIMEOUT, World
@@ -38,8 +38,9 @@ class Interruption:
     def __init__(self, world: World) -> None:
         self.reason, self.code = "", REQUEUE
         self._world, self._store = world, world.store(f"interruption-{next(_numbers)}")
+        self._noted = False
         self._gate = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
         self._passed = 0
         self._last = 0
         self._decided = threading.Event()
@@ -53,7 +54,7 @@ class Interruption:
         os.set_blocking(self._writer, False)
         is_main_thread = threading.current_thread() is threading.main_thread()
         if is_main_thread:
-            before = {number: signal.signal(number, _noted) for number in HEEDED}
+            before = {number: signal.signal(number, self._note) for number in HEEDED}
             wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._listen, name="interruption", daemon=True)
         thread.start()
@@ -64,6 +65,9 @@ class Interruption:
                 signal.set_wakeup_fd(wakeup)
                 for number, handler in before.items():
                     signal.signal(number, handler)
+            if self._store is not None:
+                with suppress(Exception):  # the rank that held the store may be gone
+                    self._publish()  # for those who still ask
             os.write(self._writer, b"\0")
             thread.join()
             os.close(self._writer)
@@ -71,8 +75,10 @@ class Interruption:
 
     def reached(self) -> bool:
         """Pass a place that every rank passes in the same order, or hear that all stop here."""
+        if self._noted:
+            self._closed.wait(COLLECTIVE_TIMEOUT.total_seconds())
         with self._gate:
-            if not self._closed:
+            if not self._closed.is_set():
                 self._passed += 1
                 return False
         if not self._decided.wait(COLLECTIVE_TIMEOUT.total_seconds()) or self._error is not None:
@@ -83,6 +89,10 @@ class Interruption:
             self._passed += 1
             return False
         return True
+
+    def _note(self, number: int, frame: Any) -> None:
+        """The handler: from now on this rank waits at the next place for the thread to close the gate."""
+        self._noted = True
 
     # -- the listening thread ----------------------------------------------------------------------------------------
 
@@ -99,13 +109,18 @@ class Interruption:
                 os._exit(INTERRUPTED)  # asked twice: at once; what is on disk is whole at any time
             heard = [number for number in numbers if number in HEEDED]
             try:
-                if heard and not self._closed:
+                if heard and not self._closed.is_set():
                     name = signal.Signals(heard[0]).name
                     self._tell(f"{name} to rank {self._world.rank}")
-                if not self._closed and self._store is not None and self._store.check(["reason"]):
+                if (
+                    not self._closed.is_set()
+                    and self._store is not None
+                    and self._store.check(["reason"])
+                ):
                     self._close(self._store.get("reason").decode())
             except Exception as error:  # the ranks that held the store have left
                 self._error = error
+                self._closed.set()
                 self._decided.set()
                 return
 
@@ -120,17 +135,15 @@ class Interruption:
         self.reason = reason
         self.code = INTERRUPTED if reason.startswith("SIGINT") else REQUEUE
         with self._gate:
-            self._closed = True
-            passed = self._passed
+            self._closed.set()
         if self._store is None:
-            self._last = passed
+            self._last = self._passed
         else:
+            self._publish()
             names = [f"passed-{rank}" for rank in range(self._world.size)]
-            self._store.set(names[self._world.rank], str(passed))
             self._store.wait(names, COLLECTIVE_TIMEOUT)
             self._last = max(int(self._store.get(name)) for name in names)
         self._decided.set()
 
-
-def _noted(number: int, frame: Any) -> None:
-    """A handler must be there for the number to be written to the pipe; nothing is left for it to do."""
+    def _publish(self) -> None:
+        self._store.set(f"passed-{self._world.rank}", str(self._passed))

@@ -187,8 +187,8 @@ class _Supervisor:
         return [one["value"] for one in found]
 
     def _failure(self, process: Any) -> BaseException:
-        """The first failure: a rank that a signal ended (what the others then report is that they lost it), else the
-        earliest traceback on disk, else an exit code."""
+        """The first failure: a rank that ended without a word, by a signal or of itself (what the others then report
+        is that they lost it), else the earliest traceback on disk."""
         time.sleep(0.2)  # let a rank that failed at the same moment write its own traceback
         reports = [
             json.loads(path.read_text())
@@ -207,17 +207,21 @@ class _Supervisor:
                 hints = {"SIGKILL": self._hint, "SIGALRM": lambda: " (it hung: see logs/hang.txt)"}
                 hint = hints.get(name, str)()
                 return RankFailed(f"{rank.name} was ended by {name}{hint}" + _in_turn(reports))
-        if reports:
-            if signal.SIGINT in self.told and reports[0]["traceback"].endswith(
-                "KeyboardInterrupt\n"
+        told = {
+            report["rank"] for report in reports
+        }  # not empty, where no rank is left in this loop
+        for number, rank in enumerate(self.ranks):
+            if (
+                rank.exitcode is not None
+                and rank.name not in told
+                and not (self.scratch / f"result-{number}.json").exists()
             ):
-                return KeyboardInterrupt()
-            return RankFailed(
-                f"{reports[0]['rank']} failed:\n{reports[0]['traceback']}{_in_turn(reports[1:])}"
-            )
-        return RankFailed(
-            f"{process.name} ended with exit code {process.exitcode} before its work was done"
-        )
+                what = f"{rank.name} ended with exit code {rank.exitcode} before its work was done"
+                return RankFailed(what + _in_turn(reports))
+        first, *others = reports
+        if signal.SIGINT in self.told and first["traceback"].endswith("KeyboardInterrupt\n"):
+            return KeyboardInterrupt()
+        return RankFailed(f"{first['rank']} failed:\n{first['traceback']}{_in_turn(others)}")
 
     def _hint(self) -> str:
         now = _oom_kills()
