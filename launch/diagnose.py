@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dist_train.launch.output import Json, answer
+from dist_train.launch.output import Json, Settings, answer
 
 diagnose = typer.Typer(help="Measure what one would else guess.", rich_markup_mode=None)
 
@@ -35,3 +35,20 @@ def learning_rate(
 
     made = Recipe.load(recipe, settings or [])
     answer(as_json, lambda: sweep_rate(made, low=low, high=high, steps=steps, run_dir=run_dir))
+
+
+@diagnose.command("bias-variance")
+def bias_variance(
+    recipe: Annotated[str, typer.Argument(help="A name, a YAML file or a run directory.")],
+    resamples: Annotated[int, typer.Option(min=2, help="How many training sets.")] = 20,
+    parallel: Annotated[int, typer.Option(min=1, help="Members trained at a time.")] = 2,
+    run_dir: Annotated[Path | None, typer.Option(help="The exact directory to write to.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train on resampled training sets, and split the error into bias and variance."""
+    from dist_train.bias_variance import measure
+    from dist_train.recipe import Recipe
+
+    made = Recipe.load(recipe, settings or [])
+    answer(as_json, lambda: measure(made, resamples=resamples, parallel=parallel, run_dir=run_dir))

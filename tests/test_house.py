@@ -165,7 +165,7 @@ FLOORS = [  # each may import those above it in this list, and its own
     {"callbacks", "data"},
     {"trainer"},
     {"run"},
-    {"trained", "testing", "verify"},
+    {"trained", "testing", "verify", "bias_variance"},
     {"export", "predict", "sweep_rate"},
 ]
 
