@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 
 _PLAN = os.environ.get("DIST_TRAIN_FAULT", "")
 """`KIND@POINT:RANK:COUNT`: what befalls rank RANK the COUNT-th time that it passes POINT (from 0).
 
-KIND is kill (SIGKILL), stop (SIGSTOP), hold (the interpreter is held for ever) or wait (a lock that nobody lets go of).
+KIND is kill (SIGKILL), stop (SIGSTOP) or hold (the interpreter is held for ever).
 """
 _passed: dict[str, int] = {}
 
@@ -40,5 +39,3 @@ def faultpoint(name: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "hold":
         re.match("(a?){40}a{40}", "a" * 40)  # exponential, and deaf to other threads
-    elif kind == "wait":
-        threading.Semaphore(0).acquire()

@@ -16,13 +16,12 @@ from dist_train.heartbeat import Heartbeat
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import RankFailed, assert_same_run, spawn_ranks
 
-LIMIT = 2.0
+LIMIT = 3.0
 
 # (what happens, ranks) and what the report must begin with
 HANGS = {
     ("stop@backward:1:9", 2): "rank 1 stopped by a signal in step 5, backward",
     ("hold@reduce:0:5", 2): "rank 0 held in step 6, step",
-    ("wait@step:1:3", 2): "rank 1 held in step 4, step",
     ("hold@evaluate:0:2", 1): "rank 0 held in step 6, evaluate",
     (
         "mismatched",
@@ -49,7 +48,7 @@ def test_a_hang_is_found_named_and_ended(
             ranks, cases.train_case, plan.as_dict(), str(tmp_path / "run"), fault, None, timeout=60
         )
     report = (tmp_path / "run" / "logs" / "hang.txt").read_text()
-    assert report.startswith(f"hang: nothing moved for 2 s: {HANGS[what, ranks]}"), report
+    assert report.startswith(f"hang: nothing moved for {LIMIT:g} s: {HANGS[what, ranks]}"), report
     stacks = report.split("\nstacks of rank ")[1:]
     assert len(stacks) == ranks
     assert all("trainer.py" in text and "in train" in text for text in stacks), report
