@@ -52,3 +52,25 @@ def line_plot(
     axes[-1].set_xlabel(x_label)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def contour_plot(
+    path: Path,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    levels: Sequence[Sequence[float]],
+    way: Sequence[Sequence[float]],
+) -> None:
+    """Write a map as a PNG file: `levels` (one row a y) as contours, and on it the points (x, y) of a way to (0, 0)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axis: Any = figure.subplots()
+    shown = axis.contourf(xs, ys, levels, levels=25, cmap="viridis")
+    figure.colorbar(shown, label="loss")
+    axis.plot([x for x, _ in way], [y for _, y in way], "w.-", linewidth=1.5)
+    axis.plot([0], [0], "r*", markersize=12)
+    axis.set_xlabel("first direction of the way")
+    axis.set_ylabel("second")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

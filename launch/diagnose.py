@@ -52,3 +52,18 @@ def bias_variance(
 
     made = Recipe.load(recipe, settings or [])
     answer(as_json, lambda: measure(made, resamples=resamples, parallel=parallel, run_dir=run_dir))
+
+
+@diagnose.command("landscape")
+def landscape(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The PNG to write.")] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Micro-batches of the loss.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of Lanczos.")] = 20,
+    grid: Annotated[int, typer.Option(min=3, help="Points of the map, a side.")] = 15,
+    as_json: Json = False,
+) -> None:
+    """Draw the loss around a trained run with its way there; curvature and kind of the point."""
+    from dist_train.landscape import landscape as draw
+
+    answer(as_json, lambda: draw(run, out=out, batches=batches, steps=steps, grid=grid))

@@ -166,7 +166,7 @@ FLOORS = [  # each may import those above it in this list, and its own
     {"trainer"},
     {"run"},
     {"trained", "testing", "verify", "bias_variance"},
-    {"export", "predict", "sweep_rate"},
+    {"export", "predict", "sweep_rate", "landscape"},
 ]
 
 
