@@ -358,3 +358,20 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     os.symlink(outside, folder / "0.tar")
     with error("0.tar: is a link"):
         Index.load(folder)
+
+
+@pytest.mark.parametrize("path", ["pipe:touch {}", "|touch {}", "pipe:touch {} ; cat /etc/passwd"])
+def test_no_path_is_a_command(tmp_path: Path, path: str, monkeypatch) -> None:
+    """webdataset runs `pipe:` in a shell, and rewrites paths by GOPEN_REWRITE; here both are only names."""
+    from dist_train.data_shards.sources import locate, pack
+
+    canary = tmp_path / "canary"
+    monkeypatch.setenv("GOPEN_REWRITE", f"data=pipe:touch {canary}")
+    for wanted in (path.format(canary), "data"):
+        with error("no such path"):
+            pack(wanted, tmp_path / "out")
+        with error("nor the folder"):
+            locate(wanted, tmp_path)
+        with error("no such folder"):
+            index_shards(wanted)
+    assert not canary.exists() and not (tmp_path / "out").exists()

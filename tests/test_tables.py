@@ -159,7 +159,8 @@ def test_hugging_face_data_sets(tmp_path: Path, monkeypatch) -> None:
     """Saved in a folder: pictures as they are stored, class names, splits."""
     datasets = pytest.importorskip("datasets")
     image = pytest.importorskip("PIL.Image")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
