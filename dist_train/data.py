@@ -107,6 +107,8 @@ def evaluation_batches(
             shards = _open(recipe, settings, split)
         else:
             shards = _foreign(folder, split, _open(recipe, settings, settings.split))
+        if recipe.evaluate and "bits_per_byte" in recipe.evaluate.metrics:
+            _check_bytes(shards)
         transforms = _transforms(settings, where, "evaluate", shards)
         assemblers[name] = Assembler(shards, 0, transforms, settings.scale)
     micro_batch = recipe.evaluate.micro_batch if recipe.evaluate else None
@@ -118,6 +120,15 @@ def evaluation_batches(
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
     )
+
+
+def _check_bytes(shards: Shards | Together) -> None:
+    """UserError: a token of these shards is no byte, so that bits per token are not bits per byte."""
+    if shards.index.vocabulary not in (None, 256, 257):
+        raise UserError(
+            f"evaluate.metrics: bits_per_byte needs data whose tokens are bytes; '{shards.index.name}' has a vocabulary"
+            f" of {shards.index.vocabulary}: use perplexity or loss"
+        )
 
 
 def _foreign(folder: Path, split: str, own: Shards | Together) -> Shards:

@@ -127,6 +127,9 @@ def test_a_model_of_byte_pairs_is_trained_and_writes_text(texts: Path, tmp_path:
         optimizer={"name": "adamw", "learning_rate": 0.01},
         callbacks={"checkpoint": {"every": "3 steps"}},
     )
+    evaluate = {"split": "validation", "every": "3 steps", "metrics": ["bits_per_byte"]}
+    with error("bits_per_byte needs data whose tokens are bytes"):
+        train(recipe.set("evaluate", evaluate), run_dir=tmp_path / "refused")
     train(recipe, run_dir=tmp_path / "run")
     made = generate(tmp_path / "run", tmp_path / "text", count=20, prompt="The cat")
     assert made["text"].startswith("The cat") and len(made["text"]) > 7
