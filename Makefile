@@ -45,5 +45,14 @@ parity: install
 results: install
 	$(BIN)/python benchmarks/results.py
 
+peers: .peers/installed
+
+.peers/installed: benchmarks/peers.txt | install
+	$(BIN)/python -m venv .peers
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$(.peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
+	.peers/bin/pip install -q --no-deps -r benchmarks/peers.txt
+	@touch $@
+
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache
