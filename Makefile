@@ -5,7 +5,7 @@ EXTRAS := zero,accelerate,ray,wandb,data,remote,plots,dev
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format bench parity results install clean
+.PHONY: demo test check format bench peers parity results install clean
 
 install: .venv/installed
 
@@ -33,9 +33,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install
+bench: peers
 	$(BIN)/python benchmarks/trainer.py
-	$(BIN)/python benchmarks/reader.py
+	PYTHONPATH=. .peers/bin/python benchmarks/reader.py
+	PYTHONPATH=. .peers/bin/python benchmarks/shuffle.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/watch.py
 

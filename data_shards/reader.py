@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ class Shards:
 
     def raw(self, i: int) -> dict[str, memoryview]:
         """The bytes of each field of sample `i`, not copied."""
-        ((data, table, row),) = self._locate(np.array([i]))
+        data, table, row = self._locate(i)
         return {
             name: data[table[row + 2 * k] : table[row + 2 * k] + table[row + 2 * k + 1]]
             for name, (k, _) in self.fields.items()
@@ -115,10 +114,12 @@ class Shards:
     def views(self, name: str, ids: np.ndarray) -> list[memoryview]:
         """The bytes of one field of many samples, not copied."""
         place, _ = self._field(name)
+        numbers, rows = self._rows(ids)
         views = []
-        for data, table, row in self._locate(ids):
-            start = table[row + place]
-            views.append(data[start : start + table[row + place + 1]])
+        for number, at in zip(numbers.tolist(), (rows * self._width + place).tolist(), strict=True):
+            data, table = self._open.get(number) or self._map(number)
+            start = table[at]
+            views.append(data[start : start + table[at + 1]])
         return views
 
     def column(self, name: str, ids: np.ndarray) -> Any:
@@ -132,6 +133,11 @@ class Shards:
             stacked = self._stacked(int(ids[0]), name, views)
             if stacked is not None:
                 return stacked
+        if suffix == "cls":
+            try:
+                return [int(bytes(view)) for view in views]
+            except ValueError:
+                pass  # said below, with the sample's name
         return [self._decode(i, name, view) for i, view in zip(ids.tolist(), views, strict=True)]
 
     def _field(self, name: str) -> tuple[int, str]:
@@ -186,7 +192,7 @@ class Shards:
 
     def key(self, i: int) -> str:
         """The key of sample `i`, read from its tar header."""
-        ((_, table, row),) = self._locate(np.array([i]))
+        _, table, row = self._locate(i)
         path = self.storage.tar(self._shard(i))
         if packed.is_packed(path):
             return packed.key_of(path, list(table[row : row + self._width]))
@@ -222,12 +228,11 @@ class Shards:
                 f"{self.where(i)}, field '{name}': cannot be decoded: {error}"
             ) from error
 
-    def _locate(self, ids: np.ndarray) -> Iterator[tuple[memoryview, memoryview, int]]:
-        """For each of `ids`: (bytes of its shard, the shard's flat table, where the sample begins in that table)."""
-        numbers, rows = self._rows(ids)
-        for number, row in zip(numbers.tolist(), (rows * self._width).tolist(), strict=True):
-            data, table = self._open.get(number) or self._map(number)
-            yield data, table, row
+    def _locate(self, i: int) -> tuple[memoryview, memoryview, int]:
+        """(bytes of its shard, the shard's flat table, where sample `i` begins in that table)."""
+        (number,), (row,) = self._rows(np.array([i]))
+        data, table = self._open.get(int(number)) or self._map(int(number))
+        return data, table, int(row) * self._width
 
     def _rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the shard of each of `ids`, its row in that shard's table)."""
