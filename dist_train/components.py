@@ -70,6 +70,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "wandb": "dist_train.callbacks.wandb:WandbMirror",
         "samples": "dist_train.callbacks.samples:Samples",
         "dead_units": "dist_train.callbacks.dead_units:DeadUnits",
+        "profiler": "dist_train.callbacks.profiler:Profiler",
+        "throughput": "dist_train.callbacks.throughput:Throughput",
         "confusion": "dist_train.callbacks.confusion:Confusion",
     },
     "metric": {

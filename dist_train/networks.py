@@ -43,7 +43,11 @@ class Player(nn.Module):
 
     def skeleton(self) -> Player:
         """A copy without weights (they lie on the meta device): a function of the weights that a view passes in."""
-        return copy.deepcopy(self).to("meta")
+        kept = {id(b): torch.empty_like(b, device="meta") for b in self.buffers()}
+        for parameter in self.parameters():
+            empty = torch.empty_like(parameter, device="meta")
+            kept[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        return copy.deepcopy(self, kept)
 
 
 def _channels_last(value: Any) -> Any:

@@ -50,7 +50,7 @@ from dist_train.settings import (
     root_of,
     short,
 )
-from dist_train.strategies import STRATEGIES
+from dist_train.strategies import AUTO, STRATEGIES
 from dist_train.yaml_text import write_yaml
 
 PROVIDED: dict[str, tuple[str, ...]] = {
@@ -84,7 +84,9 @@ class Recipe(Section):
     batch_norm: Literal["fixed", "synchronised"] = Field(
         "fixed", description="fixed (over a micro-batch) or synchronised (over the global batch)"
     )
-    strategy: str | dict[str, Any] = Field("ddp", description=f"one of {', '.join(STRATEGIES)}")
+    strategy: str | dict[str, Any] = Field(
+        "ddp", description=f"one of {', '.join((AUTO, *STRATEGIES))}"
+    )
     data: Data = Field(description="a mapping with name or path, global_batch and micro_batch")
     model: dict[str, Any] = Field(description="a network {name: ...}, or {player: network}")
     objective: Spec = Field(description="a mapping {name: ..., arguments}")

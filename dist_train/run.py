@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train import checkpoint, components, heartbeat, randomness, starting_weights
+from dist_train import auto, checkpoint, components, heartbeat, randomness, starting_weights
 from dist_train.callbacks import Callback, Callbacks
 from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
@@ -32,6 +32,7 @@ from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.run_directory import RUNS, RunDirectory, environment
+from dist_train.strategies import AUTO
 from dist_train.trainer import Trainer
 from dist_train.world import COLLECTIVE_TIMEOUT, World, pin_threads
 
@@ -146,6 +147,7 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
     recipe.importable()
     world = World.join(group=needs_group(recipe), timeout=_collective_timeout(recipe))
     threads = pin_threads(recipe.threads, world.local_size)
+    recipe = auto.resolve(recipe, world, build_one)
     directory = _directory(recipe, world, options)
     resume = options.resume
     try:
@@ -210,7 +212,13 @@ def _watched(trainer: Trainer) -> AbstractContextManager[None]:
 
 def needs_group(recipe: Recipe) -> bool:
     """Whether even one process needs a process group: DeepSpeed does."""
-    return any(strategy["name"].startswith("zero") for strategy in recipe.strategies.values())
+    names = [strategy["name"] for strategy in recipe.strategies.values()]
+    return any(name == AUTO or name.startswith("zero") for name in names)
+
+
+def build_one(recipe: Recipe) -> Trainer:
+    """Build a run of one process that leaves nothing behind, for a step on fake tensors (`tracing.foresee`)."""
+    return build(recipe, World(), RunDirectory(Path("nowhere")))
 
 
 def build(

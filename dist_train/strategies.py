@@ -9,8 +9,10 @@ from dist_train.errors import UserError, nearest
 from dist_train.settings import short
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+AUTO = "auto"
+"""The fastest of them that fits the machine, resolved when the run begins."""
 OFFLOADS = {
-    "none": STRATEGIES,
+    "none": (AUTO, *STRATEGIES),
     "optimizer": ("zero1", "zero2", "zero3"),
     "all": ("zero3",),  # the parameters too
 }
@@ -43,12 +45,10 @@ OWNED_BY_THE_RECIPE = {
 def check_strategy(strategy: Any, where: str) -> None:
     """Raise UserError for what no strategy can be; `where` is the key path to name."""
     name = strategy.get("name") if isinstance(strategy, dict) else strategy
-    if name == "auto":
-        raise UserError(f"{where}: auto comes with plan; choose single, ddp, zero1, zero2 or zero3")
-    if name not in STRATEGIES:
+    if name not in (AUTO, *STRATEGIES):
         raise UserError(
-            f"{where}: got {short(name)}, expected one of {', '.join(STRATEGIES)}"
-            + nearest(str(name), STRATEGIES)
+            f"{where}: got {short(name)}, expected one of {', '.join((AUTO, *STRATEGIES))}"
+            + nearest(str(name), (AUTO, *STRATEGIES))
         )
     known = ["name"]
     if name.startswith("zero"):

@@ -24,6 +24,7 @@ from dist_train.launch import (
     doctor,
     launch,
     new,
+    plan,
     shards,
     train,
     trained,
@@ -69,6 +70,7 @@ diagnose.register(app)
 catalogue.register(app)
 doctor.register(app)
 new.register(app)
+plan.register(app)
 verify.register(app)
 
 

@@ -28,6 +28,7 @@ COMMANDS = [
     "list",
     "doctor",
     "new",
+    "plan",
     "verify",
     "shards",
     "checkpoint",

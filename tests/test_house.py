@@ -130,6 +130,8 @@ FLOORS = [  # each may import those above it in this list, and its own
         "batch_norm",
         "blocks",
         "precision",
+        "tracing",
+        "hardware",
     },
     {
         "models",
@@ -164,7 +166,9 @@ FLOORS = [  # each may import those above it in this list, and its own
     },
     {"callbacks", "data"},
     {"trainer"},
+    {"footprint", "auto"},
     {"run"},
+    {"plan"},
     {"trained", "testing", "verify", "bias_variance"},
     {"export", "predict", "sweep_rate", "landscape"},
 ]

@@ -165,6 +165,8 @@ def progress_line(row: dict[str, Any], total: int, players: list[str], seconds_l
         if name in row:
             parts += [f"  {row[name]:,.0f}", (f" {label}", "dim")]
             break
+    if "mfu" in row:
+        parts += [("  mfu ", "dim"), f"{row['mfu']:.1%}"]
     parts += [("  wait ", "dim"), f"{row['data_wait']:.0%}", f"  {row['memory_mb']:,.0f}"]
     parts += [(" MB  eta ", "dim"), clock(seconds_left)]
     return Text.assemble(*parts)

@@ -32,7 +32,15 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 STEPS = 5
 LONGEST = 100
 """A player whose turn does not come within so many steps is not waited for."""
-LOOKING_ON = ("checkpoint", "console", "early_stopping", "samples", "wandb")
+LOOKING_ON = (
+    "checkpoint",
+    "console",
+    "early_stopping",
+    "profiler",
+    "samples",
+    "throughput",
+    "wandb",
+)
 """Callbacks that only look on, or end a run, are left out."""
 RECIPE = "the recipe's own"
 

@@ -1,0 +1,507 @@
+"""What one GPU does with our trainer: rates, MFU, memory and host gap, each beside a raw torch loop in the same run.
+
+    python benchmarks/gpu.py [--out gpu.json] [--minutes 10] [--device cuda] [--small] [--json]
+
+It needs torch and this package, no data and no network. First the card's own limits: matrix products, its memory,
+copies from the host. Then GPT-2 124M (T 1024), a 1.3 B Transformer (T 2048), ResNet-50 and DCGAN-64 in bf16: rounds of our
+trainer and of the raw loop take turns. The results so far are written after every stage; what no longer fits into
+`--minutes` is left out and said to be. `--device cpu --small` runs the same in miniature anywhere.
+
+FLOPs of Transformers: 6 N + 12 L d T a token, N without the table of positions; of the others: counted. MFU is against
+the dense peak of the card in `dist_train/hardware.py`, and `of_matmul` against the product measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_train import footprint, run
+from dist_train.data_shards.loader import MicroBatch
+from dist_train.data_shards.write import write_shards
+from dist_train.hardware import device_like
+from dist_train.objectives import Objective, Turn
+from dist_train.recipe import Recipe
+from dist_train.run_directory import RunDirectory
+from dist_train.tracing import foresee
+from dist_train.world import World
+
+ROUNDS, STEPS, WARM_UP = 5, 10, 5
+BATCHES = 4
+"""Batches that lie on the device before the clock starts, so that only the training is measured."""
+
+
+@dataclass
+class Workload:
+    """A model, how its batches look, and the raw loop that does the same."""
+
+    name: str
+    model: dict[str, Any]
+    objective: dict[str, Any]
+    optimizer: dict[str, Any]
+    batch: int
+    fields: Callable[[torch.Generator, int], dict[str, Tensor]]
+    raw: Callable[[Workload, list[dict[str, Tensor]], Bench], Callable[[int], None]]
+    unit: str
+    units: int
+    """How many of them a step takes."""
+    settings: dict[str, Any]
+    convention: Callable[[int], float] | None = None
+    """FLOPs of a unit from the number of weights; counted where None."""
+
+
+@dataclass
+class Bench:
+    """Where and how long it runs."""
+
+    device: str
+    rounds: int
+    steps: int
+    warm_up: int
+    small: bool
+
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+    def wait(self) -> None:
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        self.wait()
+        began = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DCGAN (Radford et al. 2016, arXiv:1511.06434), whole: parts of a project's own, named by import path
+
+
+class Generator(nn.Module):
+    """Latent (B, 100) -> image (B, 3, 64, 64) in [-1, 1]."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        sizes = [100, 8 * width, 4 * width, 2 * width, width]
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(itertools.pairwise(sizes)):
+            stride, padding = (1, 0) if index == 0 else (2, 1)
+            layers += [nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.layers(latent[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """Image (B, 3, 64, 64) -> logits (B,)."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        sizes = [3, width, 2 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(itertools.pairwise(sizes)):
+            layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False)]
+            layers += [nn.BatchNorm2d(after)] if index else []
+            layers += [nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(image).flatten()
+
+
+class NonSaturating(Objective):
+    """The discriminator's turn, then the generator's: -log D(x) - log(1 - D(G(z))), and -log D(G(z))."""
+
+    players = ("generator", "discriminator")
+
+    def turns(self, step: int) -> list[Turn]:
+        return [Turn("discriminator", 0), Turn("generator", 1)]
+
+    def loss(
+        self, turn: Turn, networks: Any, micro: MicroBatch, scalars: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        real = micro["image"]
+        latent = torch.randn(len(real), 100, device=real.device)
+        if turn.player == "generator":
+            loss = F.softplus(-networks.discriminator(networks.generator(latent))).mean()
+        else:
+            fake = networks.generator(latent).detach()
+            loss = F.softplus(-networks.discriminator(real)).mean()
+            loss = loss + F.softplus(networks.discriminator(fake)).mean()
+        return loss, {"loss": loss.detach()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The raw loops: what a good engineer writes by hand
+
+
+def raw_supervised(
+    work: Workload, batches: list[dict[str, Tensor]], bench: Bench
+) -> Callable[[int], None]:
+    """One network and fused AdamW or SGD, autocast, the same settings of compile and memory format."""
+    (module,) = fresh_networks(work, bench).values()
+    if work.settings.get("channels_last"):
+        module = module.to(memory_format=torch.channels_last)
+    if work.optimizer["name"] == "sgd":
+        optimizer: Any = torch.optim.SGD(
+            module.parameters(), work.optimizer["learning_rate"], momentum=0.9, fused=True
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            module.parameters(), work.optimizer["learning_rate"], fused=True
+        )
+    call = torch.compile(module) if work.settings.get("compile") else module
+    chunk = work.objective.get("chunk", 0)
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        if "tokens" not in batch:
+            return F.cross_entropy(call(batch["image"]).float(), batch["label"])
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        if chunk:
+            return call(inputs, targets, chunk).mean()
+        return F.cross_entropy(call(inputs).float().flatten(0, 1), targets.flatten())
+
+    def loop(steps: int) -> None:
+        for step in range(steps):
+            with torch.autocast(bench.kind, torch.bfloat16):
+                loss = loss_of(batches[step % len(batches)])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return loop
+
+
+def raw_gan(
+    work: Workload, batches: list[dict[str, Tensor]], bench: Bench
+) -> Callable[[int], None]:
+    """The stock loop: two optimisers, the fake images computed once and used in both turns."""
+    networks = fresh_networks(work, bench)
+    generator, discriminator = networks["generator"], networks["discriminator"]
+    rate = work.optimizer["learning_rate"]
+    first, second = (
+        torch.optim.Adam(network.parameters(), rate, betas=(0.5, 0.999), fused=True)
+        for network in (discriminator, generator)
+    )
+
+    def loop(steps: int) -> None:
+        for step in range(steps):
+            real = batches[step % len(batches)]["image"]
+            with torch.autocast(bench.kind, torch.bfloat16):
+                fake = generator(torch.randn(len(real), 100, device=real.device))
+                loss = F.softplus(-discriminator(real).float()).mean()
+                loss = loss + F.softplus(discriminator(fake.detach()).float()).mean()
+            first.zero_grad()
+            loss.backward()
+            first.step()
+            with torch.autocast(bench.kind, torch.bfloat16):
+                loss = F.softplus(-discriminator(fake).float()).mean()
+            second.zero_grad()
+            loss.backward()
+            second.step()
+
+    return loop
+
+
+def fresh_networks(work: Workload, bench: Bench) -> dict[str, nn.Module]:
+    made = run.make_networks(Recipe(**plain_recipe(work, "nowhere")), {})
+    return {
+        name: module.to(bench.device)
+        for modules in made.values()
+        for name, module in modules.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def workloads(small: bool, compiled: bool) -> Iterator[Workload]:
+    """The four, or their miniatures."""
+    for name, size, batch in (
+        ("gpt2-124m", {"dim": 768, "depth": 12, "num_heads": 12, "max_length": 1024}, 32),
+        ("gpt-1.3b", {"dim": 2048, "depth": 24, "num_heads": 16, "max_length": 2048}, 4),
+    ):
+        vocabulary = 50304
+        if small:
+            size, batch = {"dim": 32, "depth": 2, "num_heads": 2, "max_length": 32}, 2
+            vocabulary = 128
+        length, depth, dim = size["max_length"], size["depth"], size["dim"]
+
+        def tokens(
+            generator: torch.Generator, batch: int, length: int = length, v: int = vocabulary
+        ) -> dict[str, Tensor]:
+            drawn = torch.randint(0, v, (batch, length + 1), generator=generator)
+            return {"tokens": drawn, "length": torch.full((batch,), length)}
+
+        yield Workload(
+            name,
+            {"name": "transformer", "vocab_size": vocabulary, **size},
+            {"name": "language_modelling", "chunk": 32 if small else 8192},
+            {"name": "adamw", "learning_rate": 1e-4},
+            batch,
+            tokens,
+            raw_supervised,
+            "tokens",
+            batch * length,
+            {"compile": compiled},
+            lambda n, depth=depth, dim=dim, length=length: (
+                6 * (n - length * dim) + 12 * depth * dim * length
+            ),
+        )
+
+    def images(side: int) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
+        return lambda generator, batch: {
+            "image": torch.randn(batch, 3, side, side, generator=generator),
+            "label": torch.randint(0, 10, (batch,), generator=generator),
+        }
+
+    batch, side = (4, 32) if small else (256, 224)
+    yield Workload(
+        "resnet-50",
+        {"name": "resnet_imagenet", "depth": 18 if small else 50, "width": 8 if small else 64},
+        {"name": "classification"},
+        {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9},
+        batch,
+        images(side),
+        raw_supervised,
+        "images",
+        batch,
+        {"channels_last": True, "compile": compiled},
+    )
+    batch, width = (4, 8) if small else (128, 64)
+    yield Workload(
+        "dcgan-64",
+        {
+            "generator": {"name": "gpu:Generator", "width": width},
+            "discriminator": {"name": "gpu:Discriminator", "width": width},
+        },
+        {"name": "gpu:NonSaturating"},
+        {"name": "adam", "learning_rate": 2e-4, "betas": [0.5, 0.999]},
+        batch,
+        images(64),
+        raw_gan,
+        "images",
+        batch,
+        {"channels_last": True, "compile": compiled},
+    )
+
+
+def plain_recipe(work: Workload, data: str) -> dict[str, Any]:
+    return {
+        "duration": "1000000 steps",
+        "strategy": "single",
+        "precision": "bf16",
+        "data": {"path": data, "global_batch": work.batch, "micro_batch": work.batch},
+        "model": work.model,
+        "objective": work.objective,
+        "optimizer": work.optimizer,
+        "log": {"every": f"{STEPS} steps"},
+        **work.settings,
+    }
+
+
+class OnDevice:
+    """The same few batches again and again, on the device already."""
+
+    def __init__(self, micros: list[MicroBatch]) -> None:
+        self.micros = micros
+
+    def from_(self, step: int, stop: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        for now in range(step, stop):
+            yield now, [self.micros[now % len(self.micros)]]
+
+
+def shards_of(work: Workload, folder: Path) -> str:
+    """Shards with one batch of the workload's shapes, from which the memory is foreseen."""
+    drawn = work.fields(torch.Generator().manual_seed(0), work.batch)
+
+    def rows() -> Iterator[Any]:
+        for i in range(work.batch):
+            if "tokens" in drawn:
+                yield (
+                    "train",
+                    f"{i:06d}",
+                    {"tokens.npy": drawn["tokens"][i].numpy().astype(np.uint16)},
+                )
+            else:
+                shape = drawn["image"].shape
+                pixels = np.zeros((shape[2], shape[3], shape[1]), np.uint8)
+                yield "train", f"{i:06d}", {"image.npy": pixels, "cls": int(drawn["label"][i])}
+
+    path = folder / work.name
+    write_shards(path, work.name, rows(), classes=[str(n) for n in range(10)])
+    return str(path)
+
+
+def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[str, Any]:
+    """Rates of our trainer and of the raw loop, interleaved, and what ours holds."""
+    recipe = Recipe(**plain_recipe(work, shards_of(work, folder)))
+    step, _ = foresee(recipe, run.build_one)
+    foreseen = sum(footprint.rank_memory(step, {"name": "single"}, 1, 1).values())
+    reset_peak(bench)
+    directory = RunDirectory.create_at(folder / f"run-{work.name}")
+    trainer = run.build(recipe, World(device=bench.device), directory)
+    generator = torch.Generator().manual_seed(1)
+    drawn = [work.fields(generator, work.batch) for _ in range(BATCHES)]
+    batches = [{k: v.to(bench.device) for k, v in one.items()} for one in drawn]
+    if work.settings.get("channels_last"):
+        for one in batches:
+            one["image"] = one["image"].to(memory_format=torch.channels_last)
+    trainer.data = OnDevice(
+        [MicroBatch(0, np.arange(work.batch), one, work.batch) for one in batches]
+    )
+    trainer.callbacks.call("run_begins", trainer)
+
+    def ours(steps: int) -> None:
+        trainer.train(until=trainer.step + steps)
+
+    bench.seconds(lambda: ours(bench.warm_up))
+    peak = torch.cuda.max_memory_allocated() if bench.kind == "cuda" else None
+    raw = work.raw(work, batches, bench)
+    bench.seconds(lambda: raw(bench.warm_up))
+    times: dict[str, list[float]] = {"ours": [], "raw": []}
+    for _ in range(bench.rounds):
+        for name, loop in (("ours", ours), ("raw", raw)):
+            times[name].append(bench.seconds(lambda loop=loop: loop(bench.steps)) / bench.steps)
+    seconds = {name: statistics.median(found) for name, found in times.items()}
+    weights = sum(step.weights.values()) // 4
+    flops = float(sum(one.flops for one in step.turns.values()))
+    if work.convention is not None:
+        flops = work.units * work.convention(weights)
+    card = device_like(torch.cuda.get_device_name()) if bench.kind == "cuda" else None
+    found = {
+        "parameters": weights,
+        "unit": work.unit,
+        f"{work.unit}_per_second": round(work.units / seconds["ours"], 1),
+        f"raw_{work.unit}_per_second": round(work.units / seconds["raw"], 1),
+        "ours_over_raw": round(seconds["raw"] / seconds["ours"], 4),
+        "tflops_per_second": flops / seconds["ours"] / 1e12,
+        "mfu": flops / seconds["ours"] / card.flops_per_second("bf16") if card else None,
+        "of_matmul": flops / seconds["ours"] / ceiling,
+        "bytes_foreseen": foreseen,
+        "bytes_measured": peak,
+        "host_gap_seconds": host_gap(ours, bench),
+        "seconds_of_rounds": times,
+    }
+    trainer.callbacks.call("run_ends", trainer)
+    return found
+
+
+def host_gap(loop: Callable[[int], None], bench: Bench) -> float | None:
+    """Seconds of a step in which the GPU runs nothing, by a profile of some steps; None without a GPU."""
+    if bench.kind != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        wall = bench.seconds(lambda: loop(bench.steps))
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profile.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    )
+    busy, end = 0, 0
+    for start, stop in spans:
+        busy += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return max(0.0, wall - busy / 1e9) / bench.steps
+
+
+def limits(bench: Bench) -> dict[str, float]:
+    """What the device itself can do: products, its memory, copies from the host."""
+    size, number = (256, 2**20) if bench.small else (8192, 2**28)
+    found = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a = torch.randn(size, size, device=bench.device, dtype=dtype)
+        found[f"matmul_{name}_tflops"] = 2 * size**3 / best(lambda a=a: a @ a, bench) / 1e12
+    source = torch.empty(number, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = best(lambda: target.copy_(source), bench)
+    found["memory_gb_per_second"] = 2 * 4 * number / seconds / 1e9
+    host = torch.empty(number // 4, pin_memory=bench.kind == "cuda")
+    part = target[: number // 4]
+    found["copy_from_host_gb_per_second"] = number / best(lambda: part.copy_(host), bench) / 1e9
+    return found
+
+
+def best(work: Callable[[], Any], bench: Bench) -> float:
+    """Seconds of one call, the best of some groups of them."""
+    work()
+    return min(bench.seconds(lambda: [work() for _ in range(5)]) / 5 for _ in range(bench.rounds))
+
+
+def reset_peak(bench: Bench) -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if bench.kind == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="miniatures, to see that it runs")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    arguments = parser.parse_args()
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("error: no GPU here; --device cpu --small runs the miniature")
+    device = "cuda:0" if arguments.device == "cuda" else arguments.device
+    sizes = (1, 2, 1) if arguments.small else (ROUNDS, STEPS, WARM_UP)
+    bench = Bench(device, *sizes, small=arguments.small)
+    until = time.monotonic() + 60 * arguments.minutes
+    on_gpu = bench.kind == "cuda"
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "small": arguments.small,
+        "limits": limits(bench),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for work in workloads(arguments.small, compiled=on_gpu):
+            if time.monotonic() > until:
+                found[work.name] = {"left_out": f"the {arguments.minutes:g} minutes were over"}
+            else:
+                try:
+                    ceiling = found["limits"]["matmul_bf16_tflops"] * 1e12
+                    found[work.name] = measure(work, bench, Path(folder), ceiling)
+                except torch.cuda.OutOfMemoryError as error:
+                    found[work.name] = {"failed": str(error).splitlines()[0]}
+            reset_peak(bench)
+            part = arguments.out.with_suffix(".part")
+            part.write_text(json.dumps(found, indent=1))
+            part.rename(arguments.out)
+            if not arguments.json:
+                print(
+                    work.name,
+                    json.dumps(
+                        {k: v for k, v in found[work.name].items() if k != "seconds_of_rounds"}
+                    ),
+                )
+    if arguments.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

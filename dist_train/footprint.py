@@ -1,0 +1,128 @@
+"""What one rank holds under each strategy, at the worst moment of a step (docs/plan.md has the formulas)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dist_train.engine.zero import ZERO_BUCKET
+from dist_train.recipe import Recipe
+from dist_train.recipe_checks import WHOLE_TENSORS
+from dist_train.tracing import Step
+
+FASTEST_FIRST: tuple[dict[str, Any], ...] = (
+    {"name": "single"},
+    {"name": "ddp"},
+    {"name": "zero1"},
+    {"name": "zero2"},
+    {"name": "zero3"},
+    {"name": "zero3", "offload": "optimizer"},
+    {"name": "zero3", "offload": "all"},
+)
+"""Each needs less memory than those before it, and more traffic or more waiting."""
+BUCKET = 4 * ZERO_BUCKET
+LIVE = 4 * 10**9
+"""ZeRO-3 keeps weights gathered until so many bytes are (DeepSpeed's default of a billion elements)."""
+RESERVED = 0.08
+"""The share of a GPU's memory that is left to its driver, its libraries and fragmentation."""
+
+
+def rank_memory(
+    step: Step, strategy: Mapping[str, Any], ranks: int, micro_batches: int
+) -> dict[str, int]:
+    """Bytes of one rank by what they are for.
+
+    Args:
+        step: what one process holds, as traced.
+        micro_batches: how many a rank takes in a step; the data of all of them are there at once.
+    """
+    name, offload = strategy["name"], strategy.get("offload", "none")
+    players = len(step.weights)
+    weights, trained = sum(step.weights.values()), sum(step.trained.values())
+    state = sum(step.optimizer.values())
+    held = {"buffers": step.buffers, "batch": step.batch * micro_batches}
+    if name == "single" and micro_batches == 1:
+        # a player's gradients come while its activations go; those of the others are still there
+        others = trained - min(step.trained.values())
+        update = trained - others + step.update
+        return held | {
+            "weights": weights,
+            "optimizer": state,
+            "gradients": others,
+            "activations": max(step.with_gradients, update),
+        }
+    if name in ("single", "ddp"):
+        peak = max(step.activations, step.update)
+        return held | {
+            "weights": weights,
+            "optimizer": state,
+            "gradients": trained,
+            "activations": peak,
+        }
+    part, frozen = -(-trained // ranks), weights - trained
+    on_host = offload != "none"
+    held["optimizer"] = (
+        0 if on_host else -(-state // ranks) + part
+    )  # with the fp32 weights it updates
+    held["activations"] = max(step.activations, 2 * part)  # or the flat gradients of the update
+    accumulated = micro_batches > 1
+    if name == "zero3":
+        gathered = min(trained, LIVE)
+        held["weights"] = frozen + gathered + (0 if offload == "all" else part)
+        held["gradients"] = part
+        held["buckets"] = players * BUCKET + 2 * gathered  # what it gathers and scatters, flat
+    else:
+        held["weights"] = weights
+        held["gradients"] = 0 if not accumulated else trained if name == "zero1" else part
+        held["buckets"] = BUCKET  # one player at a time
+    return held
+
+
+def fits(memory: Mapping[str, int], limit: float) -> bool:
+    return sum(memory.values()) <= limit
+
+
+def candidates(recipe: Recipe, ranks: int) -> list[dict[str, Any]]:
+    """The strategies that this recipe can have on so many ranks, the fastest first.
+
+    One rank has nobody to share with: it is `single`, or it moves what it holds to the host.
+    """
+    found: list[dict[str, Any]] = []
+    whole = any(optimizer["name"] in WHOLE_TENSORS for optimizer in recipe.optimizers.values())
+    for strategy in FASTEST_FIRST:
+        alone, offloads = strategy["name"] == "single", "offload" in strategy
+        if alone if ranks > 1 else not alone and not offloads:
+            continue
+        if whole and strategy["name"].startswith("zero"):
+            continue
+        found.append(dict(strategy))
+    return found
+
+
+def fastest(
+    choices: Iterable[dict[str, Any]], step: Step, ranks: int, micro_batches: int, limit: float
+) -> dict[str, Any] | None:
+    """The first of `choices` whose rank fits into `limit` bytes."""
+    fitting = (s for s in choices if fits(rank_memory(step, s, ranks, micro_batches), limit))
+    return next(fitting, None)
+
+
+def wire_bytes(
+    step: Step, name: str, ranks: int, micro_batches: int, turns: Mapping[str, float]
+) -> float:
+    """Payload that a rank hands to collectives in a step, on average: what a ring moves.
+
+    ZeRO-2 sums its gradients over the ranks after each micro-batch, ZeRO-3 gathers its weights twice besides.
+
+    Args:
+        turns: how often each player has a turn in a step.
+    """
+    times = {
+        "single": 0.0,
+        "ddp": 2.0,
+        "zero1": 2.0,
+        "zero2": micro_batches + 1.0,
+        "zero3": 3.0 * micro_batches,
+    }[name]
+    share = (ranks - 1) / ranks
+    return sum(times * share * step.trained[player] * often for player, often in turns.items())
