@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--out gpu.json] [--minutes 10] [--device cuda] [--small] [--json]
 
 It needs torch and this package, no data and no network. First the card's own limits: matrix products, its memory,
-copies from the host. Then GPT-2 124M (T 1024), a 1.3 B Transformer (T 2048), ResNet-50 and DCGAN-64 in bf16: rounds of our
-trainer and of the raw loop take turns. The results so far are written after every stage; what no longer fits into
-`--minutes` is left out and said to be. `--device cpu --small` runs the same in miniature anywhere.
+copies from the host. Then GPT-2 124M (T 1024), a 1.3 B Transformer (T 2048), ResNet-50 and DCGAN-64 in bf16: rounds
+of our trainer and of the raw loop take turns. The results so far are written after every stage; what no longer fits
+into `--minutes` is left out and said to be. `--device cpu --small` runs the same in miniature anywhere.
 
 FLOPs of Transformers: 6 N + 12 L d T a token, N without the table of positions; of the others: counted. MFU is against
 the dense peak of the card in `dist_train/hardware.py`, and `of_matmul` against the product measured here.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from dist_train import run
+from dist_train.data import RunData
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
-from dist_train.trainer import Trainer
 from dist_train.world import World, pin_threads
 
 NOWHERE = RunDirectory(Path("nowhere"))
@@ -30,13 +30,28 @@ def large(model: str, data: Path | str, micro_batches: int, strategy: str) -> Re
     return recipe.set("model.generator.width", 64).set("model.critic.width", 64)
 
 
-def measured_peak(make: Any, steps: int = 3) -> tuple[int, Trainer]:
-    """Bytes that torch allocated at most, from before the trainer was built to after some steps of it."""
+class Read:
+    """Batches that lie there already."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def from_(self, step: int, stop: int) -> Any:
+        yield from self.batches[step:stop]
+
+
+def measured_peak(recipe: Recipe, world: World, steps: int = 3) -> int:
+    """Bytes that torch allocated at most, but for the batches, from before the trainer is built to the last step."""
     pin_threads(1, 1)
+    batches = list(
+        RunData(recipe, world).batches.from_(0, steps)
+    )  # before we count: reading takes memory of the host
     gc.collect()  # what came before would be freed while we count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer = make()
+        trainer = run.build(recipe, world, NOWHERE)
         trainer.callbacks.by_name = {}
+        gc.collect()  # weights from before DeepSpeed flattened them hang in cycles
+        trainer.data = Read(batches)
         trainer.train(until=steps)
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -44,7 +59,7 @@ def measured_peak(make: Any, steps: int = 3) -> tuple[int, Trainer]:
     for _, change in changes:
         held += change
         most = max(most, held)
-    return most, trainer
+    return most
 
 
 def measured_in_ranks(data: str, grid: list[list[Any]]) -> dict[str, int]:
@@ -53,8 +68,7 @@ def measured_in_ranks(data: str, grid: list[list[Any]]) -> dict[str, int]:
     found = {}
     for model, micro_batches, strategy in grid:
         recipe = large(model, data, micro_batches, strategy)
-        peak, _ = measured_peak(lambda recipe=recipe: run.build(recipe, world, NOWHERE))
-        found[f"{model}-{micro_batches}-{strategy}"] = peak
+        found[f"{model}-{micro_batches}-{strategy}"] = measured_peak(recipe, world)
     world.leave()
     return found
 
