@@ -74,6 +74,17 @@ ROWS = (
         floor=">= 88 %",
         published="90.0 %: MLP 256-128-64",
     ),
+    Row("F4", "no regularisation", "regularisation-mnist", "mnist5k", "error"),
+    Row(
+        "F4",
+        "weight decay",
+        "regularisation-mnist",
+        "mnist5k",
+        "error",
+        ("optimizer.weight_decay=1e-3",),
+    ),
+    Row("F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=1e-4",)),
+    Row("F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.5",)),
     Row(
         "C1",
         "LeNet-5",
