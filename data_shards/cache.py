@@ -50,7 +50,10 @@ class Cache:
             with part.open("wb") as file:
                 self._make_room(part, size)
                 download(address, file, size, target.name, self.patience)
-            part.replace(target)
+            with _locked(
+                self.folder / "room.lock"
+            ):  # who makes room must not miss it between two names
+                part.replace(target)
         except OSError as error:
             raise UserError(f"{part}: cannot be written: {error.strerror}") from error
         finally:

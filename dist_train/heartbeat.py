@@ -56,9 +56,9 @@ class Heartbeat:
             mmap.mmap(opened.fileno(), RECORD.size) as self._record,
             subprocess.Popen(
                 [sys.executable, "-I", "-S", watch.__file__, json.dumps(place)],
-                stdin=subprocess.PIPE,  # it closes when this process ends, however it ends
+                stdin=subprocess.PIPE,  # a line in it, or its end, is the end of the watch
                 stdout=subprocess.DEVNULL,
-            ),
+            ) as watcher,
         ):
             faulthandler.register(STACKS, file=stacks, all_threads=True)
             try:
@@ -67,6 +67,9 @@ class Heartbeat:
                 self.enter("end")
                 faulthandler.unregister(STACKS)
                 self._record = bytearray(self._record[:])
+                watcher.communicate(
+                    b"end"
+                )  # closing would not do: loader workers hold copies of the pipe
 
 
 def clear(directory: Path) -> None:

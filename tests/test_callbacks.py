@@ -81,7 +81,7 @@ def test_metrics_equal_plain_torch(
     evaluate = {"split": "test", "every": "1 step", "metrics": ["accuracy"], "micro_batch": 60}
     recipe = cases.tiny_recipe("resnet", tiny_data, micro_batches=12, evaluate=evaluate)
     with cases.trainer_of(recipe, World(), tmp_path / "run") as trainer:
-        whole = trainer.evaluation.batch(0)
+        whole = next(iter(trainer.evaluation))
         module = trainer.engines["model"].player.networks["model"].eval()
         with torch.no_grad():
             logits = module(whole["image"])

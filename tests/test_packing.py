@@ -366,6 +366,7 @@ def test_no_path_is_a_command(tmp_path: Path, path: str, monkeypatch) -> None:
     from dist_train.data_shards.sources import locate, pack
 
     canary = tmp_path / "canary"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GOPEN_REWRITE", f"data=pipe:touch {canary}")
     for wanted in (path.format(canary), "data"):
         with error("no such path"):
