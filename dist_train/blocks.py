@@ -133,5 +133,10 @@ def compile_forward(module: nn.Module) -> None:
             "compile: torch.compile needs a C++ compiler, and there is none on this machine;"
             " install g++ or clang++, or remove compile"
         ) from error
+    if " " in torch.__file__:  # torch hands its folder to the compiler unquoted
+        raise UserError(
+            f"compile: torch.compile cannot work from a path with a space ({torch.__file__});"
+            " install torch elsewhere, or remove compile"
+        )
     config.fallback_random = True
     module.compile()
