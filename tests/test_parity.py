@@ -1,6 +1,6 @@
 """N ranks compute what one rank computes: every strategy, three models, with and without accumulation.
 
-Two ways (docs/decisions/0003): step-locked, from each of 10 reference states, every gradient tensor and loss; and
+Two ways (docs/decisions/0003): step-locked, from each of 20 reference states, every gradient tensor and loss; and
 free-running, where differences may grow as chaos lets them, against the floor that one process shows when it
 merely sums its micro-batches in another order.
 """
@@ -17,7 +17,7 @@ from dist_train.testing import spawn_ranks
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 STEP_LOCKED = 1e-6
-STEPS = 10
+STEPS = 20
 GRID = [[m, s, a] for m in cases.MODELS for s in STRATEGIES for a in (1, 2)]
 
 
