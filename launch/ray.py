@@ -44,6 +44,11 @@ class Ray(Backend):
     def check(self, job: Job, dry_run: bool) -> None:
         if importlib.util.find_spec("ray") is None:
             raise UserError("--on ray: needs Ray: pip install 'dist-train[ray]'")
+        if " " in sys.executable:  # Ray hands its workers' command to a shell unquoted
+            raise UserError(
+                f"--on ray: Ray cannot start workers from a path with a space ({sys.executable});"
+                " install into another folder"
+            )
         check_token(os.environ)
         if not dry_run:
             check_cluster(address(os.environ))
