@@ -5,7 +5,7 @@ EXTRAS := zero,accelerate,ray,wandb,data,remote,plots,dev
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format bench peers parity results install clean
+.PHONY: demo test soak check format bench peers parity results install clean
 
 install: .venv/installed
 
@@ -23,6 +23,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python -m pytest -m soak
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Ray: two raylets on this machine, one of them lost, then the head lost; and who may use a cluster."""
+"""Ray: two raylets on this machine, one of them lost, or the head lost; and who may use a cluster."""
 
 from __future__ import annotations
 
@@ -114,54 +114,73 @@ def processes_of(run_dir: Path) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(600)
-def test_a_raylet_is_lost_and_then_the_head(
-    tiny_data: Path, tmp_path: Path, raylets: Callable[[], Raylets]
-) -> None:
+@pytest.fixture
+def recipe(tiny_data: Path, tmp_path: Path) -> Path:
     if " " in sys.executable:
         pytest.skip("Ray cannot start workers from a path with a space")
     plan = cases.tiny_recipe("resnet", tiny_data, duration=f"{STEPS} steps", strategy="ddp")
     plan = plan.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
     plan = plan.set("callbacks.checkpoint.every", "20 steps").set("log.every", "1 step")
-    recipe, whole = tmp_path / "tiny.yaml", tmp_path / "whole"
-    recipe.write_text(plan.to_yaml())
-    spawn_ranks(2, cases.train_case, plan.as_dict(), str(whole), "", None, timeout=120)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(plan.to_yaml())
+    spawn_ranks(2, cases.train_case, plan.as_dict(), str(tmp_path / "whole"), "", None, timeout=120)
+    return file
 
-    cluster = raylets()
-    first, second = tmp_path / "first", tmp_path / "second"
-    launch = ["--on", "ray", "--nodes", "2", "--run-dir"]
-    assert main(["launch", str(recipe), *launch, str(first)]) == 0
-    eventually(lambda: step_of(first) > 45)
+
+def launch(recipe: Path, run_dir: Path) -> None:
+    words = ["--on", "ray", "--nodes", "2", "--run-dir", str(run_dir)]
+    assert main(["launch", str(recipe), *words]) == 0
+
+
+def ended(run_dir: Path, state: str = "done") -> None:
+    eventually(lambda: state_of(run_dir) not in ("waiting", "running"))
+    assert state_of(run_dir) == state, (run_dir / "logs" / "job.log").read_text()
+
+
+def assert_as_unbroken(run_dir: Path) -> None:
+    """The same bits, one row a step, and nobody left over."""
+    assert_same_run(run_dir.parent / "whole", run_dir)
+    assert [row["step"] for row in RunDirectory(run_dir).rows()] == list(range(1, STEPS + 1))
+    eventually(lambda: not processes_of(run_dir), 10)
+
+
+@pytest.mark.timeout(600)
+def test_cancelled_and_then_a_raylet_is_lost(
+    recipe: Path, tmp_path: Path, raylets: Callable[[], Raylets]
+) -> None:
+    cluster, run_dir = raylets(), tmp_path / "run"
+    launch(recipe, run_dir)
+    eventually(lambda: step_of(run_dir) > 25)
+    assert main(["cancel", str(run_dir)]) == 0
+    ended(run_dir, "interrupted")
+    cancelled_at = step_of(run_dir)
+    assert 25 < cancelled_at < STEPS
+    launch(run_dir, run_dir)
+    eventually(lambda: step_of(run_dir) > cancelled_at + 25)
     cluster.kill_second()
-    log = first / "logs" / "job.log"
+    log = run_dir / "logs" / "job.log"
     eventually(lambda: "starting again" in log.read_text())
     cluster.add_second()
-    eventually(lambda: state_of(first) not in ("waiting", "running"))
-    assert state_of(first) == "done", log.read_text()
-    assert str(first / "code" / "dist_train") in log.read_text(), (
-        "not the code of the run directory"
-    )
+    ended(run_dir)
+    assert str(run_dir / "code" / "dist_train") in log.read_text(), "not the run directory's code"
+    assert_as_unbroken(run_dir)
 
-    assert main(["launch", str(recipe), *launch, str(second)]) == 0
-    eventually(lambda: step_of(second) > 45)
-    assert main(["cancel", str(second)]) == 0
-    eventually(lambda: state_of(second) not in ("waiting", "running"))
-    assert state_of(second) == "interrupted" and step_of(second) < STEPS
-    assert main(["launch", str(second), *launch, str(second)]) == 0
-    eventually(lambda: step_of(second) > 100)
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_the_head_is_lost(recipe: Path, tmp_path: Path, raylets: Callable[[], Raylets]) -> None:
+    """And with it the cluster: a new one goes on from the run directory."""
+    cluster, run_dir = raylets(), tmp_path / "run"
+    launch(recipe, run_dir)
+    eventually(lambda: step_of(run_dir) > 45)
     cluster.kill_head()
     cluster.end()
-    eventually(lambda: not processes_of(second), 30)
-    assert 100 < step_of(second) < STEPS
+    eventually(lambda: not processes_of(run_dir), 30)
+    assert 45 < step_of(run_dir) < STEPS
     raylets()
-    assert main(["launch", str(second), *launch, str(second)]) == 0
-    eventually(lambda: state_of(second) not in ("waiting", "running"))
-    assert state_of(second) == "done", (second / "logs" / "job.log").read_text()
-
-    for run_dir in (first, second):
-        assert_same_run(whole, run_dir)
-        assert [row["step"] for row in RunDirectory(run_dir).rows()] == list(range(1, STEPS + 1))
-        eventually(lambda run_dir=run_dir: not processes_of(run_dir), 10)
+    launch(run_dir, run_dir)
+    ended(run_dir)
+    assert_as_unbroken(run_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

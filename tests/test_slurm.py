@@ -147,6 +147,7 @@ def test_scancel_saves_and_the_run_can_go_on(
     assert_as_unbroken(unbroken, job.run_dir)
 
 
+@pytest.mark.soak  # Slurm does the same after a preemption
 def test_requeue(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
     job = launch(recipe, tmp_path / "run")
     at_the_gate(job)
