@@ -1,0 +1,125 @@
+"""What only a GPU can show. Skipped on a machine without one; the figures are benchmarks/gpu.py's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+
+from dist_train.callbacks import Callback
+from dist_train.run_directory import RunDirectory
+from dist_train.testing import assert_same_run, spawn_ranks, tiny_run
+from dist_train.trainer import Trainer
+from dist_train.verify import verify
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STEPS = 8
+
+
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_a_run_that_is_killed_comes_back_bit_for_bit(
+    model: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = cases.tiny_recipe(model, tiny_data, deterministic=True)
+    whole = tiny_run(recipe, tmp_path / "whole", steps=6)
+    tiny_run(recipe, tmp_path / "halves", steps=6, until=3)
+    halves = tiny_run(recipe, tmp_path / "halves", steps=6, resume="auto")
+    assert_same_run(whole, halves)
+
+
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_one_process_is_two_ranks_is_every_stage(model: str, tiny_data: Path) -> None:
+    """Two ranks share the GPU, over gloo."""
+    found = verify(cases.tiny_recipe(model, tiny_data), ranks=2, steps=3)
+    print(found)
+    assert found["passed"] and found["device"].startswith("cuda")
+    assert [row["run"] for row in found["rows"][1:5]] == list(STRATEGIES)
+    assert all(row["verdict"] == "pass" for row in found["rows"])
+
+
+def alone(data: str, folder: str) -> dict[str, list[float]]:
+    """The losses of a rank alone with its GPU, over NCCL, by model, precision and strategy."""
+    found = {}
+    for model in cases.MODELS:
+        for precision in ("fp32", "bf16", "fp16"):
+            for name in STRATEGIES:
+                recipe = cases.tiny_recipe(model, data, precision=precision)
+                recipe = recipe.set("strategy", cases.strategy(name))
+                case = f"{model}-{precision}-{name}"
+                try:
+                    run = tiny_run(recipe, Path(folder) / case, steps=STEPS)
+                    rows = RunDirectory.open(run).rows()
+                    losses = [v for k, v in rows[-1].items() if k.endswith("loss")]
+                    found[case] = losses
+                except Exception as error:
+                    found[case] = [f"{type(error).__name__}: {error}"]  # type: ignore[list-item]
+    return found
+
+
+def test_every_precision_under_every_stage(tiny_data: Path, tmp_path: Path) -> None:
+    (found,) = spawn_ranks(1, alone, str(tiny_data), str(tmp_path), timeout=240)
+    print(found)
+    for case, losses in found.items():
+        model, precision, _ = case.split("-")
+        bound = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}[precision]
+        exact = found[f"{model}-fp32-ddp"]
+        assert losses == pytest.approx(exact, rel=bound, abs=bound), case
+
+
+class NoWaiting(Callback):
+    """From step 3 to the one before the next row, whatever waits for the GPU is an error."""
+
+    def step_begins(self, run: Trainer) -> None:
+        if run.step == 3:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def step_ends(self, run: Trainer) -> None:
+        if run.step == STEPS - 1:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def run_ends(self, run: Trainer) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_no_step_waits_for_the_gpu(
+    model: str, precision: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    from dist_train import run
+
+    recipe = cases.tiny_recipe(model, tiny_data, precision=precision, strategy="single")
+    recipe = recipe.set("log.every", f"{STEPS} steps").set("duration", f"{STEPS} steps")
+    recipe = recipe.set("callbacks.checkpoint", None).set("callbacks.ema", {"decay": 0.9})
+    recipe = recipe.set("callbacks.no_waiting", {"name": "test_gpu:NoWaiting"})
+    try:
+        run.train(recipe, run_dir=tmp_path / "run")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_gpu_and_a_cpu_agree(tiny_data: Path, tmp_path: Path) -> None:
+    """Without dropout and noise, whose draws differ between devices."""
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="single", duration="4 steps")
+    recipe = recipe.set("log.every", "1 step")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for device, visible in (("gpu", "0"), ("cpu", "")):
+        words = ["train", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / device)]
+        subprocess.run(
+            [sys.executable, "-m", "dist_train", *words],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": visible},
+            check=True,
+            timeout=120,
+        )
+        rows[device] = RunDirectory.open(tmp_path / device).rows()
+    for gpu, cpu in zip(rows["gpu"], rows["cpu"], strict=True):
+        assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-4)
