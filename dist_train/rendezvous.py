@@ -49,6 +49,20 @@ def meet(environ: Mapping[str, str], rank: int, size: int, limit: timedelta) -> 
     return _wait_for_all(store, place, rank, size, limit)
 
 
+def share_a_gpu(store: Store, size: int, gpu: str) -> bool:
+    """Whether any two ranks of the world have the same GPU; `gpu` is the name of this rank's, unlike any other.
+
+    NCCL refuses that. gloo takes the tensors through the host: slow, but one GPU can prove with `verify --ranks 2` what
+    several would compute.
+    """
+    if store.add(f"gpu/{gpu}", 1) > 1:
+        store.set("gpu/shared", "")
+    if store.add("gpu/told", 1) == size:
+        store.set("gpu/all", "")
+    store.wait(["gpu/all"])
+    return store.check(["gpu/shared"])
+
+
 def _wait_for_all(store: Store, place: str, rank: int, size: int, limit: timedelta) -> Store:
     """Every rank leaves its name; rank 0 says when all have, or who has not."""
     store.set(f"here/{rank}", socket.gethostname())

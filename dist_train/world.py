@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from dist_train.rendezvous import meet
+from dist_train.rendezvous import meet, share_a_gpu
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_TRAIN_TIMEOUT", "600")))
 """How long a rank waits in a collective for the others before it fails. Never torch's 30 minutes."""
@@ -59,24 +59,26 @@ class World:
             environ.get("LOCAL_WORLD_SIZE", environ.get("DIST_TRAIN_LOCAL_SIZE", size))
         )
         if torch.cuda.is_available():
-            gpus = torch.cuda.device_count()
-            device = f"cuda:{local_rank % gpus}"
+            device = f"cuda:{local_rank % torch.cuda.device_count()}"
             torch.cuda.set_device(device)
         else:
-            gpus, device = 0, "cpu"
+            device = "cpu"
         timeout = timeout or COLLECTIVE_TIMEOUT
         if (size > 1 or group) and not dist.is_initialized():
             alone = "DIST_TRAIN_RENDEZVOUS" in environ or environ.get("MASTER_ADDR", "").startswith(
                 LOOPBACK
             )
-            backend = backend_of(local_size, gpus)
-            if backend == "gloo" and alone:
+            store = meet(environ, rank, size, min(timeout, START_TIMEOUT))
+            nccl = device != "cpu" and not share_a_gpu(
+                store, size, str(torch.cuda.get_device_properties(device).uuid)
+            )
+            if alone and not nccl:
                 os.environ.setdefault(
                     "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
                 )
             dist.init_process_group(
-                backend,
-                store=meet(environ, rank, size, min(timeout, START_TIMEOUT)),
+                "nccl" if nccl else "gloo",
+                store=store,
                 rank=rank,
                 world_size=size,
                 timeout=timeout,
@@ -146,15 +148,6 @@ class World:
             import torch
 
             self.sum_(torch.zeros(1, device=self.device))
-
-
-def backend_of(local_size: int, gpus: int) -> str:
-    """NCCL where each rank of this machine has a GPU of its own; gloo on the CPU, and where ranks share one.
-
-    NCCL refuses two ranks on one GPU. gloo takes their tensors through the host: slow, but it lets one GPU prove with
-    `verify --ranks 2` what several would compute.
-    """
-    return "nccl" if 0 < local_size <= gpus else "gloo"
 
 
 LOOPBACK = ("127.", "localhost", "::1")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from dist_train.rendezvous import RendezvousError, meet
+from dist_train.rendezvous import RendezvousError, meet, share_a_gpu
 
 LIMIT = timedelta(seconds=1)
 
@@ -72,3 +74,10 @@ def test_all_that_come_get_the_store(port: int) -> None:
         other.join(timeout=30)
     stores[2].set("word", "heard")
     assert stores[1].get("word") == b"heard"
+
+
+@pytest.mark.parametrize(("gpus", "shared"), [("abc", False), ("aba", True), ("a", False)])
+def test_ranks_that_share_a_gpu_all_know_it(gpus: str, shared: bool) -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(len(gpus)) as ranks:
+        assert set(ranks.map(lambda gpu: share_a_gpu(store, len(gpus), gpu), gpus)) == {shared}

@@ -16,7 +16,7 @@ import pytest
 
 from dist_train.errors import UserError
 from dist_train.testing import RankFailed, spawn_ranks
-from dist_train.world import World, backend_of
+from dist_train.world import World
 
 OTHERS = pytest.mark.parametrize("others", ("in a collective", "by themselves"))
 
@@ -132,8 +132,3 @@ def test_no_rank_outlives_the_one_that_started_it(tmp_path: Path) -> None:
         ready, _, _ = select.select([handle], [], [], 20)
         os.close(handle)
         assert ready, "a rank is still there"
-
-
-def test_more_ranks_than_gpus_share_them_over_gloo() -> None:
-    assert [backend_of(n, 2) for n in (1, 2, 3)] == ["nccl", "nccl", "gloo"]
-    assert backend_of(1, 0) == "gloo"
