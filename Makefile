@@ -42,6 +42,7 @@ bench: peers
 	PYTHONPATH=. .peers/bin/python benchmarks/shuffle.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/watch.py
+	$(BIN)/python benchmarks/traffic.py
 
 parity: install
 	$(BIN)/python tests/parity_table.py

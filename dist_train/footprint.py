@@ -22,7 +22,7 @@ FASTEST_FIRST: tuple[dict[str, Any], ...] = (
 """Each needs less memory than those before it, and more traffic or more waiting."""
 BUCKET = 4 * ZERO_BUCKET
 LIVE = 4 * 10**9
-"""ZeRO-3 keeps weights gathered until so many bytes are (DeepSpeed's default of a billion elements)."""
+"""Of ZeRO-3's weights at most so many bytes are counted as gathered."""
 RESERVED = 0.08
 """The share of a GPU's memory that is left to its driver, its libraries and fragmentation."""
 

@@ -26,6 +26,7 @@ from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
+from dist_train.wire import Payload
 from dist_train.world import World, pin_threads
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -34,13 +35,16 @@ SPECS: dict[str, dict[str, Any]] = {
     "zero1": {"name": "zero1"},
     "zero2": {"name": "zero2"},
     "zero3": {"name": "zero3", "persistence_threshold": 0},
-    "zero3-persistent": {"name": "zero3"},
+    "zero3-persistent": {
+        "name": "zero3",
+        "deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": 50}},
+    },
     "zero1-offload": {"name": "zero1", "offload": "optimizer"},
     "zero2-offload": {"name": "zero2", "offload": "optimizer"},
     "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
     "zero3-all": {"name": "zero3", "offload": "all", "persistence_threshold": 0},
 }
-"""`zero3` shards every tensor, `zero3-persistent` keeps small ones whole, as it does by default."""
+"""`zero3` shards every tensor; `zero3-persistent` keeps small ones whole, as it does by default, and gathers ahead."""
 STRATEGIES = tuple(name for name in SPECS if name != "single")
 MOVED = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-offload", "zero3-all")
 """Strategies between which state moves."""
@@ -583,6 +587,34 @@ def overflow(world: World, strategy: str, given: bool) -> dict[str, Any]:
     return {"states": states, "norms": norms, "scales": scales, "skipped": e.loss_scale.skipped}
 
 
+def traffic(world: World, strategy: str) -> dict[str, Any]:
+    """Bytes of payload of a step of one and of two micro-batches a rank, the mean over the ranks, after two such steps
+    in which DeepSpeed learns the order of the layers."""
+    found = {}
+    for micro_batches in (1, 2):
+        module = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(5)])
+        player = Player({"net": module}, "fp32", world.device.partition(":")[0])
+        e = make_engine(
+            SPECS[strategy],
+            player,
+            one_group,
+            sgd,
+            world,
+            given=False,
+            micro_batches=micro_batches,
+        )
+        for _ in range(3):
+            with Payload(world.size) as payload:
+                e.begin_turn()
+                for i in range(micro_batches):
+                    loss = e.own("net")(torch.ones(2, 64, device=world.device)).square().mean()
+                    e.backward(loss, last=i == micro_batches - 1)
+                e.reduce()
+                e.step()
+        found[str(micro_batches)] = sum(world.gather(payload.bytes)) / world.size
+    return {"bytes": found, "weights": 4 * 5 * (64 * 64 + 64)}
+
+
 CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
     "clip-norm-streamed": lambda w, s: clip_by(w, s, "norm", False),
     "clip-norm-given": lambda w, s: clip_by(w, s, "norm", True),
@@ -606,6 +638,7 @@ CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
     "branches-streamed": branches,
     "branches-given": lambda w, s: branches(w, s, True),
     "precisions": precisions,
+    "traffic": traffic,
     "overflow-streamed": lambda w, s: overflow(w, s, False),
     "overflow-given": lambda w, s: overflow(w, s, True),
 }

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine_cases as cases
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_train import checkpoint
+from dist_train import checkpoint, footprint
 from dist_train.errors import UserError
 from dist_train.testing import RankFailed, spawn_ranks
 from dist_train.world import World, pin_threads
@@ -361,6 +362,19 @@ def test_offload_equals_no_offload_to_the_last_bits(found: Found) -> None:
 def test_deepspeed_compiles_nothing(measured: dict[str, Any]) -> None:
     assert measured["switch"] is False
     assert measured["built"] == []
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_payload_is_what_plan_says(found: Found, strategy: str) -> None:
+    """2 P (N - 1) / N under ddp, zero1 and zero2, 3 P (N - 1) / N under zero3; of two micro-batches zero2 sums each,
+    and zero3 does everything for each."""
+    result = found("traffic", strategy)
+    step: Any = SimpleNamespace(trained={"net": result["weights"]})
+    for micro_batches, payload in result["bytes"].items():
+        due = footprint.wire_bytes(step, strategy, 2, int(micro_batches), {"net": 1.0})
+        assert payload == pytest.approx(due, rel=0.02), micro_batches
+    times = result["bytes"]["1"] / (result["weights"] / 2)
+    assert times == pytest.approx(3.0 if strategy == "zero3" else 2.0, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

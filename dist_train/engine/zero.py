@@ -236,6 +236,10 @@ def configuration(stage: int, strategy: Mapping[str, Any], micro_batches: int) -
         "stage": stage,
         "reduce_bucket_size": ZERO_BUCKET,
         "allgather_bucket_size": ZERO_BUCKET,
+        # each sum goes to the rank that owns it; no weight outlives its use (docs/decisions/0034)
+        "use_multi_rank_bucket_allreduce": False,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": ZERO_BUCKET if torch.cuda.is_available() else 0,
         "stage3_param_persistence_threshold": strategy.get(
             "persistence_threshold", PERSISTENCE_THRESHOLD
         ),
