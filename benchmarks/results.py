@@ -2,13 +2,17 @@
 
     python benchmarks/results.py [ROW ...] [--runs runs/results] [--read]
 
-It also draws the plots of docs/course. Without a row it trains all of them, one after the other. `--read` trains
-nothing: it reads the runs that are there. Rows without a run keep the line that they have.
+A recipe evaluates the validation split while it trains: by that one may choose settings. The figure of a row is that
+of the last weights on the test split, read once, after training. It also draws the plots of docs/course. Without a row
+it trains all of them, one after the other. `--read` trains nothing: it reads the runs that are there. Rows without a
+run keep the line that they have.
 """
 
 import argparse
+import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -30,7 +34,7 @@ PLAIN, DEEP, UNIT = "model.shortcut=none", "model.depth=56", "objective.variance
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe with settings, and the metric of its last evaluation that is the result."""
+    """A recipe with settings, and the metric of its test split that is the result: its mean over some seeds."""
 
     id: str
     name: str
@@ -40,6 +44,7 @@ class Row:
     settings: tuple[str, ...] = ()
     floor: str = "-"
     published: str = "-"
+    seeds: int = 1
 
     @property
     def command(self) -> str:
@@ -145,71 +150,85 @@ ROWS = (
 )
 
 PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
-    "course-softmax": ("step", ("softmax",), (("loss", "loss"), ("evaluate/error", "test error"))),
+    "course-softmax": (
+        "step",
+        ("softmax",),
+        (("loss", "loss"), ("evaluate/error", "validation error")),
+    ),
     "course-regression": (
         "step",
         ("predicted variance", "constant variance"),
         (
-            ("evaluate/r2", "test R2"),
-            ("evaluate/nll", "test negative log-likelihood"),
+            ("evaluate/r2", "validation R2"),
+            ("evaluate/nll", "validation negative log-likelihood"),
         ),
     ),
     "course-fashion": (
         "seconds",
         ("MLP", "LeNet-5", "VGG-11", "ResNet-20"),
-        (("loss", "training loss"), ("evaluate/accuracy", "test accuracy")),
+        (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
     ),
     "course-alexnet": (
         "step",
         ("AlexNet",),
-        (("loss", "training loss"), ("evaluate/accuracy", "test accuracy")),
+        (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
     ),
     "course-depth": (
         "epoch",
         ("plain 20", "plain 56", "residual 20", "residual 56"),
-        (("loss", "training loss"), ("evaluate/error", "test error")),
+        (("loss", "training loss"), ("evaluate/error", "validation error")),
     ),
     "course-normalisation": (
         "step",
         ("batch norm, rate 1.0", "no norm, rate 0.1"),
-        (("loss", "loss"), ("evaluate/error", "test error")),
+        (("loss", "loss"), ("evaluate/error", "validation error")),
     ),
 }
 """A plot: the x axis, the rows whose runs it shows, and its panels (figure, label)."""
 
 
-def folder_of(row: Row, runs: Path) -> Path:
+def folder_of(row: Row, runs: Path, seed: int = 0) -> Path:
     """Rows with the same command share a run."""
-    return runs / row.command.replace(" --set ", "+").replace("=", "-")
+    name = row.command.replace(" --set ", "+").replace("=", "-").replace("/", "-")
+    return runs / (f"{name}+seed-{seed}" if seed else name)
 
 
-def train(row: Row, folder: Path) -> None:
-    """Train one row anew, and note how busy the machine was."""
+def train(row: Row, folder: Path, seed: int) -> None:
+    """Train one row anew and read its test split; note how busy the machine was."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "dist_train", "train", row.recipe, "--ranks", "2"]
-    command += ["--run-dir", str(folder), "--set", "threads=1"]
+    command += ["--run-dir", str(folder), "--set", "threads=1", "--set", f"seed={seed}"]
     for setting in row.settings:
         command += ["--set", setting]
     load = os.getloadavg()[0]
     subprocess.run(command, check=True, cwd=ROOT)
     (folder / "load.txt").write_text(f"{load:.1f}")
+    command = [sys.executable, "-m", "dist_train", "evaluate", str(folder), "--split", "test"]
+    found = subprocess.run([*command, "--json"], check=True, cwd=ROOT, capture_output=True)
+    (folder / "test.json").write_bytes(found.stdout)
 
 
-def line(row: Row, folder: Path) -> str:
+def line(row: Row, folders: list[Path]) -> str:
     """The line of the table."""
-    record = RunRecord.read(folder)
-    value = record.curve(f"evaluate/{row.metric}")[-1][1]
+    records = [RunRecord.read(folder) for folder in folders]
+    tests = [json.loads((folder / "test.json").read_text())["results"] for folder in folders]
+    values = [found[row.metric] for found in tests]
     share = row.metric in ("accuracy", "error")
-    figure = f"{100 * value:.2f} %" if share else f"{value:.3f}"
-    load = folder / "load.txt"
+    scale, digits, unit = (100, 2, " %") if share else (1, 3, "")
+    figure = f"{scale * statistics.mean(values):.{digits}f}{unit}"
+    if len(values) > 1:
+        figure += (
+            f" (deviation {scale * statistics.stdev(values):.{digits}f} of {len(values)} seeds)"
+        )
+    seconds = statistics.mean(record.rows[-1]["seconds"] for record in records)
     cells = [
         row.id,
         f"`{row.command}`",
         row.data,
         f"{row.name}: {row.metric.replace('_', ' ')} {figure}",
         row.floor,
-        f"{record.rows[-1]['seconds']:.0f}",
-        load.read_text() if load.exists() else "-",
+        f"{seconds:.0f}",
+        f"{max(float((folder / 'load.txt').read_text()) for folder in folders):g}",
         row.published,
     ]
     return f"| {' | '.join(cells)} |"
@@ -257,17 +276,20 @@ def main() -> None:
     parser.add_argument("--read", action="store_true", help="train nothing, read the runs")
     options = parser.parse_args()
     chosen = [row for row in ROWS if not options.rows or row.id in options.rows]
-    lines, done = {}, set()
+    lines, runs = {}, options.runs.resolve()
+    done: set[Path] = set()
     for row in chosen:
-        folder = folder_of(row, options.runs.resolve())
-        if not options.read and folder not in done:
-            train(row, folder)
-        done.add(folder)
-        if (folder / "metrics.jsonl").exists():
-            lines[f"{row.id} {row.name}"] = line(row, folder)
+        folders = [folder_of(row, runs, seed) for seed in range(row.seeds)]
+        for seed, folder in enumerate(folders):
+            if not options.read and folder not in done:
+                train(row, folder, seed)
+            done.add(folder)
+        finished = [folder for folder in folders if (folder / "test.json").exists()]
+        if finished:
+            lines[f"{row.id} {row.name}"] = line(row, finished)
             print(lines[f"{row.id} {row.name}"])
     PAGE.write_text(rewrite(lines, PAGE.read_text()))
-    plot(options.runs.resolve())
+    plot(runs)
     print(f"{PAGE}, {time.strftime('%Y-%m-%d')}")
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_train import run
+from dist_train import run, trained
 from dist_train.data import data_folders
 from dist_train.errors import UserError
 from dist_train.ranks import start_ranks
@@ -18,7 +18,7 @@ from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.world import World, pin_threads
 
-SILENT = ("console", "wandb", "samples", "confusion", "checkpoint", "early_stopping")
+SILENT = (*trained.SILENT, "checkpoint", "early_stopping")
 """Callbacks that a member does without: it is thrown away."""
 PREDICTIONS = "predictions.safetensors"
 

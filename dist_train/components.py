@@ -73,6 +73,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "profiler": "dist_train.callbacks.profiler:Profiler",
         "throughput": "dist_train.callbacks.throughput:Throughput",
         "confusion": "dist_train.callbacks.confusion:Confusion",
+        "singular_values": "dist_train.callbacks.singular_values:SingularValues",
+        "similarity": "dist_train.callbacks.similarity:Similarity",
     },
     "metric": {
         "accuracy": "dist_train.metrics:accuracy",
@@ -106,6 +108,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "ddtp-en-fr": "dist_train.data_shards.sources.named.ddtp:ddtp_en_fr",
         "diabetes": "dist_train.data_shards.sources.named.scikit_learn:diabetes",
         "digits": "dist_train.data_shards.sources.named.scikit_learn:digits",
+        "digits-by-class": "dist_train.data_shards.sources.named.scikit_learn:digits_by_class",
         "emoji-google": "dist_train.data_shards.sources.named.emoji:emoji_google",
         "emoji-twitter": "dist_train.data_shards.sources.named.emoji:emoji_twitter",
         "fashion-mnist": "dist_train.data_shards.sources.named.fashion_mnist:fashion_mnist",

@@ -8,6 +8,9 @@ from typing import Any
 
 from dist_train.errors import UserError
 
+MANY = 6
+"""With more curves the legend stands beside the panel."""
+
 
 def need_matplotlib(where: str) -> None:
     """Raise UserError, beginning with `where`, when plots cannot be made."""
@@ -24,29 +27,34 @@ def line_plot(
     x_label: str,
     log_x: bool = False,
     log_y: bool = False,
-    mark: tuple[float, str] | None = None,
+    marks: Mapping[str, float] | None = None,
 ) -> None:
     """Write curves as a PNG file, one panel under the other.
 
     Args:
         panels: (label of the y axis, {curve: (xs, ys)}) of each.
-        mark: a place on the x axis and what it is.
+        marks: places on the x axis by name: in the colour of the curve of that name, or black with the name.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.6 * len(panels) + 0.4), layout="constrained")
     axes: Any = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axis, (y_label, curves) in zip(axes, panels, strict=True):
+        colours = {}
         for name, (xs, ys) in curves.items():
-            axis.plot(xs, ys, label=name, linewidth=1.5, marker="." if len(xs) <= 60 else None)
+            marker = "." if len(xs) <= 60 else None
+            (drawn,) = axis.plot(xs, ys, label=name, linewidth=1.5, marker=marker)
+            colours[name] = drawn.get_color()
+        for name, x in (marks or {}).items():
+            look = {"color": colours[name]} if name in colours else {"color": "k", "label": name}
+            axis.axvline(x, linestyle="--", linewidth=1, **look)
         if log_x:
             axis.set_xscale("log")
         if log_y and any(y > 0 for _, ys in curves.values() for y in ys):
             axis.set_yscale("log")
-        if mark is not None:
-            axis.axvline(mark[0], color="black", linestyle="--", linewidth=1, label=mark[1])
-        if len(curves) > 1 or mark is not None:
-            axis.legend()
+        if len(curves) > 1 or marks:
+            outside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+            axis.legend(**(outside if len(curves) > MANY else {}))
         axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel(x_label)
@@ -72,5 +80,23 @@ def contour_plot(
     axis.plot([0], [0], "r*", markersize=12)
     axis.set_xlabel("first direction of the way")
     axis.set_ylabel("second")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def heat_maps(path: Path, maps: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> None:
+    """Write matrices of values in [-1, 1] as a PNG file, four (title, matrix) a row."""
+    from matplotlib.figure import Figure
+
+    across = min(4, len(maps))
+    down = -(-len(maps) // across)
+    figure = Figure(figsize=(2.6 * across + 0.8, 2.7 * down), layout="constrained")
+    axes: Any = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (title, matrix) in zip(axes, maps, strict=False):
+        shown = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+    figure.colorbar(shown, ax=axes.tolist(), shrink=0.8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -6,6 +6,7 @@ import base64
 import importlib.resources
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,7 @@ def _described(run: RunRecord) -> dict[str, Any]:
         "confusion": next((r["confusion"] for r in run.rows[::-1] if "confusion" in r), None),
         "checkpoints": _checkpoints(run),
         "samples": _sample_grids(run),
+        "plots": _plots(run),
     }
 
 
@@ -307,13 +309,28 @@ def _sample_grids(run: RunRecord) -> list[dict[str, Any]]:
         pictures = [
             {
                 "step": f"{files[i][0]:,}",
-                "data": base64.b64encode(files[i][1].read_bytes()).decode(),
+                "data": _embedded(files[i][1]),
             }
             for i in shown
             if i < len(files)
         ]
         grids.append({"name": name, "pictures": pictures})
     return grids
+
+
+def _plots(run: RunRecord) -> list[dict[str, str]]:
+    """What callbacks and diagnoses drew into `plots/`: the newest of each kind, embedded."""
+    newest: dict[str, Path] = {}
+    for file in sorted(run.directory.plots.glob("*.png")):
+        newest[re.sub(r"-\d{8}$", "", file.stem)] = file
+    return [
+        {"name": _words(kind.replace("-", " ")), "file": file.name, "data": _embedded(file)}
+        for kind, file in newest.items()
+    ]
+
+
+def _embedded(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode()
 
 
 def _checkpoints(run: RunRecord) -> list[dict[str, str]]:

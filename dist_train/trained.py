@@ -16,16 +16,18 @@ from dist_train.run_directory import RunDirectory
 from dist_train.trainer import Trainer
 from dist_train.world import World, pin_threads
 
+SILENT = (
+    *("console", "wandb", "samples", "confusion"),
+    *("activation_scale", "singular_values", "similarity"),
+)
+"""Callbacks that only show what a run does."""
+
 
 def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
     """A finished or unfinished run, loaded whole into this process, ready to evaluate or to sample from."""
     directory = RunDirectory.open(run_dir)
     recipe = recipe or Recipe.load(directory.path)
-    silent = {
-        k: v
-        for k, v in recipe.callback_specs.items()
-        if v["name"] not in ("console", "wandb", "samples", "confusion", "activation_scale")
-    }
+    silent = {k: v for k, v in recipe.callback_specs.items() if v["name"] not in SILENT}
     recipe = recipe.set("callbacks", silent).set("strategy", "single")
     recipe.importable()
     world = World.join({})

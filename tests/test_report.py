@@ -113,6 +113,16 @@ def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
     assert "url(" not in html and "@import" not in html
 
 
+def test_the_newest_plot_of_each_kind_is_shown(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    for number, name in enumerate(("scale-00000000", "scale-00000200", "landscape")):
+        png.save_grid(directory.plots / f"{name}.png", np.full((1, 1, 4, 4), number / 2))
+    page = Page(write_report([directory.path]).read_text())
+    shown = [base64.b64decode(link.partition(",")[2]) for link in page.links if "base64" in link]
+    wanted = [directory.plots / f"{name}.png" for name in ("landscape", "scale-00000200")]
+    assert shown == [file.read_bytes() for file in wanted]
+
+
 def test_names_are_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     directory = RunDirectory.create_at(tmp_path / "run")

@@ -81,7 +81,7 @@ class RateSweep(Callback):
             [("loss", {"a step": (rates, losses), "smoothed": (rates, smoothed)})],
             x_label="learning rate",
             log_x=True,
-            mark=(suggested, f"suggested: {suggested:.2g}"),
+            marks={f"suggested: {suggested:.2g}": suggested},
         )
 
 

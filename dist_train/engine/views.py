@@ -61,14 +61,17 @@ class Views:
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         return self._call(self._skeleton, network, {**self.weights, **buffers})
 
-    def observed(self, network: str, seen: Callable[[str, Any], None]) -> Callable[..., Any]:
-        """The network as its own turn sees it, of leaves and changing nothing; `seen(layer, output)` is told what every
-        layer with a weight puts out, in the order of the forward."""
+    def observed(
+        self, network: str, seen: Callable[[str, Any], None], *, evaluating: bool = False
+    ) -> Callable[..., Any]:
+        """The network as its own turn sees it, of leaves and changing nothing, or in evaluation mode; `seen(layer,
+        output)` is told what every layer with a weight puts out, in the order of the forward."""
+        skeleton = self._evaluation if evaluating else self._skeleton
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        call = self._call(self._skeleton, network, {**self.weights, **self.leaves, **buffers})
+        call = self._call(skeleton, network, {**self.weights, **self.leaves, **buffers})
         layers = {
             f"{network}.{name}" if name else network: module
-            for name, module in self._skeleton.networks[network].named_modules()
+            for name, module in skeleton.networks[network].named_modules()
             if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
         }
 

@@ -10,7 +10,7 @@ from dist_train.data_shards.sources.named.emoji import emoji_google, emoji_twitt
 from dist_train.data_shards.sources.named.fashion_mnist import fashion_mnist
 from dist_train.data_shards.sources.named.mnist5k import mnist5k
 from dist_train.data_shards.sources.named.python_text import python_text
-from dist_train.data_shards.sources.named.scikit_learn import diabetes, digits
+from dist_train.data_shards.sources.named.scikit_learn import diabetes, digits, digits_by_class
 from dist_train.data_shards.sources.source import Source
 
 NAMED: dict[str, Callable[..., Source]] = {
@@ -19,6 +19,7 @@ NAMED: dict[str, Callable[..., Source]] = {
     "ddtp-en-fr": ddtp_en_fr,
     "diabetes": diabetes,
     "digits": digits,
+    "digits-by-class": digits_by_class,
     "emoji-google": emoji_google,
     "emoji-twitter": emoji_twitter,
     "fashion-mnist": fashion_mnist,
