@@ -77,8 +77,7 @@ def contenders(kind: str, shards: Shards, scratch: Path) -> dict[str, Contender]
             got = 0
             for start in range(0, len(shards), BATCH):
                 ids = order.at(start, min(start + BATCH, len(shards)))[1]
-                got += len(shards.column(field, ids))
-                shards.column("label", ids)
+                got += len(shards.columns((field, "label"), ids)[field])
             return got
 
         return read

@@ -49,16 +49,13 @@ class Assembler:
 
     def tensors(self, ids: np.ndarray, epochs: np.ndarray) -> dict[str, torch.Tensor]:
         """The fields of the samples `ids` (b,), drawn for `epochs` (b,); each tensor has b rows."""
+        columns = self.shards.columns(self.reads, ids)
         if self.transforms:
-            pairs = zip(ids.tolist(), epochs.tolist(), strict=True)
-            samples = [self._transformed(i, epoch) for i, epoch in pairs]
-            columns = {name: [sample[name] for sample in samples] for name in self.kinds}
-        else:
-            columns = {name: self.shards.column(name, ids) for name in self.kinds}
+            columns = self._transformed(columns, ids, epochs)
         tensors: dict[str, torch.Tensor] = {}
         for name, kind in self.kinds.items():
             if kind == "label":
-                tensors[name] = torch.tensor(columns[name], dtype=torch.int64)
+                tensors[name] = torch.from_numpy(np.asarray(columns[name], np.int64))
             elif kind == "tokens":
                 tensors[name], tensors["length"] = _padded(columns[name])
             else:
@@ -66,12 +63,17 @@ class Assembler:
                 tensors[name] = self._scaled(name, stacked) if kind == "image" else stacked
         return tensors
 
-    def _transformed(self, i: int, epoch: int) -> dict[str, Any]:
-        sample = self.shards.sample(i, self.reads)
-        rng = keyed_generator(self.seed, epoch, i)
-        for transform in self.transforms:
-            sample = transform(sample, rng)
-        return sample
+    def _transformed(
+        self, columns: dict[str, Any], ids: np.ndarray, epochs: np.ndarray
+    ) -> dict[str, list[Any]]:
+        samples = []
+        for i, epoch, *values in zip(ids.tolist(), epochs.tolist(), *columns.values(), strict=True):
+            sample = dict(zip(columns, values, strict=True))
+            rng = keyed_generator(self.seed, epoch, i)
+            for transform in self.transforms:
+                sample = transform(sample, rng)
+            samples.append(sample)
+        return {name: [sample[name] for sample in samples] for name in self.kinds}
 
     def _stacked(self, name: str, values: Any, ids: np.ndarray) -> torch.Tensor:
         if isinstance(values, np.ndarray):

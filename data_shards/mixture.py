@@ -87,20 +87,20 @@ class Together:
         part, own = self._find(i)
         return part.sample(own, fields)
 
-    def column(self, name: str, ids: np.ndarray) -> Any:
-        """One field of many samples: an array (len(ids), ...) where it has the same shape in each, else a list."""
+    def columns(self, names: Sequence[str], ids: np.ndarray) -> dict[str, Any]:
+        """Fields of many samples: each an array (len(ids), ...) where it has the same shape in all, else a list."""
         numbers = np.searchsorted(self._stops, ids, "right")
-        values: list[Any] = [None] * len(ids)
+        values: dict[str, list[Any]] = {name: [None] * len(ids) for name in names}
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             part = self.parts[number]
-            column = part.column(name, ids[rows] - (self._stops[number] - len(part)))
+            columns = part.columns(names, ids[rows] - (self._stops[number] - len(part)))
             if len(rows) == len(ids):
-                return column
-            for row, value in zip(rows.tolist(), column, strict=True):
-                values[row] = value
-        shapes = {getattr(value, "shape", None) for value in values}
-        return np.stack(values) if len(shapes) == 1 and None not in shapes else values
+                return columns
+            for name, column in columns.items():
+                for row, value in zip(rows.tolist(), column, strict=True):
+                    values[name][row] = value
+        return {name: _stacked(column) for name, column in values.items()}
 
     def needs(self, ids: np.ndarray) -> list[tuple[Bucket, Shard]]:
         """The shards that reading `ids` fetches from elsewhere."""
@@ -119,6 +119,11 @@ class Together:
     def _find(self, i: int) -> tuple[Shards, int]:
         number = int(np.searchsorted(self._stops, i, "right"))
         return self.parts[number], i - int(self._stops[number]) + len(self.parts[number])
+
+
+def _stacked(values: list[Any]) -> Any:
+    shapes = {getattr(value, "shape", None) for value in values}
+    return np.stack(values) if len(shapes) == 1 and None not in shapes else values
 
 
 def _one_index(parts: list[Shards], weights: Sequence[float]) -> Index:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -83,21 +83,27 @@ class Order:
 
     def _in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """The ids at `places` (n,), all of one epoch."""
-        row = self.batch // self.streams
-        begin = epoch * self.size
-        stream = places % self.batch // row
-        low, high = self._part(epoch, stream), self._part(epoch, stream + 1)
-        inner = self._before(places, stream + 1) - self._before(places, stream)
-        inner -= self._before(begin, stream + 1) - self._before(begin, stream)
+        stream, low, size, inner = self._in_streams(epoch, places)
         if self.shuffle == "none":
             return low + inner
         if self.shuffle == "global":
-            return low + permute(inner, high - low, round_keys(self.seed, epoch), stream)
+            return low + permute(inner, size, round_keys(self.seed, epoch), stream)
         if epoch not in self._tables:
             bounds = self._part(epoch, np.arange(self.streams + 1))
             kept = {e: t for e, t in self._tables.items() if abs(e - epoch) <= 1}
             self._tables = kept | {epoch: _Windows(self, epoch, bounds)}
         return self._tables[epoch].ids(low + inner)
+
+    def _in_streams(self, epoch: int, places: np.ndarray) -> tuple[Any, Any, Any, np.ndarray]:
+        """Of each place (its stream, the first id of that one's part, the size of the part, the place in it)."""
+        begin = epoch * self.size
+        if self.streams == 1:
+            return 0, 0, self.size, places - begin
+        stream = places % self.batch // (self.batch // self.streams)
+        low, high = self._part(epoch, stream), self._part(epoch, stream + 1)
+        inner = self._before(places, stream + 1) - self._before(places, stream)
+        inner -= self._before(begin, stream + 1) - self._before(begin, stream)
+        return stream, low, high - low, inner
 
     def _before(self, places: np.ndarray | int, streams: np.ndarray | int) -> np.ndarray:
         """How many places before `places` belong to streams before `streams`."""

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dist_train.data_shards import decode, packed, tar
 from dist_train.data_shards.index import Field, Index, Shard
+from dist_train.data_shards.mapped import MappedShards
 from dist_train.data_shards.order import Order, default_streams
 from dist_train.data_shards.pictures import decode_picture
 from dist_train.data_shards.storage import Bucket, Folder, Storage
 from dist_train.errors import UserError, nearest
-
-Mapped = tuple[memoryview, memoryview]
-"""(bytes of a shard, its table of offsets, flat)"""
-NPY_HEADER = 128
-"""Bytes before the numbers of a table."""
 
 
 class Shards:
@@ -43,9 +37,7 @@ class Shards:
         }
         self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
         self._stops = np.cumsum(self.sizes)
-        self._width = 2 * len(self.fields)
-        self._open: dict[int, Mapped] = {}
-        self._checked = bytearray(len(self.shards))
+        self._mapped = MappedShards(self.storage, self.shards, len(self.fields))
 
     @classmethod
     def remote(cls, bucket: Bucket, split: str) -> Shards:
@@ -90,98 +82,117 @@ class Shards:
 
     def raw(self, i: int) -> dict[str, memoryview]:
         """The bytes of each field of sample `i`, not copied."""
-        data, table, row = self._locate(i)
-        return {
-            name: data[table[row + 2 * k] : table[row + 2 * k] + table[row + 2 * k + 1]]
-            for name, (k, _) in self.fields.items()
-        }
+        return {name: self.views(name, np.array([i]))[0] for name in self.fields}
 
     def value(self, i: int, name: str) -> Any:
         """One field of sample `i`, decoded; a kind that is not in the allow-list comes as bytes."""
         (view,) = self.views(name, np.array([i]))
         return self._decode(i, name, view)
 
-    def sample(self, i: int, fields: tuple[str, ...] | None = None) -> dict[str, Any]:
+    def sample(self, i: int, fields: Sequence[str] | None = None) -> dict[str, Any]:
         """Sample `i`, decoded: all fields but those of unknown kind, which come as bytes when `fields` names them."""
-        if fields is not None:
-            return {name: self.value(i, name) for name in fields}
-        return {
-            name: self._decode(i, name, view)
-            for name, view in self.raw(i).items()
-            if self.index.fields[self.fields[name][1]].kind != "bytes"
-        }
+        if fields is None:
+            fields = [spec.name for spec in self.index.fields.values() if spec.kind != "bytes"]
+        return {name: self.value(i, name) for name in fields}
 
     def views(self, name: str, ids: np.ndarray) -> list[memoryview]:
         """The bytes of one field of many samples, not copied."""
-        place, _ = self._field(name)
-        numbers, rows = self._rows(ids)
-        views = []
-        for number, at in zip(numbers.tolist(), (rows * self._width + place).tolist(), strict=True):
-            data, table = self._open.get(number) or self._map(number)
-            start = table[at]
-            views.append(data[start : start + table[at + 1]])
-        return views
+        numbers, places = self._places(ids)
+        return self._views(numbers, places[:, self._field(name)])
 
     def column(self, name: str, ids: np.ndarray) -> Any:
-        """One field of many samples: an array (len(ids), ...) where `.npy` headers agree, else a list."""
-        place, suffix = self._field(name)
-        spec = self.index.fields[suffix]
-        if spec.raw and spec.kind != "tokens":
-            return self._gathered(place, spec, ids)
-        views = self.views(name, ids)
-        if suffix.rpartition(".")[2] == "npy":
-            stacked = self._stacked(int(ids[0]), name, views)
-            if stacked is not None:
-                return stacked
-        if suffix == "cls":
-            try:
-                return [int(bytes(view)) for view in views]
-            except ValueError:
-                pass  # said below, with the sample's name
+        """One field of many samples: an array (len(ids), ...) where it is numbers of one shape, else a list."""
+        return self.columns([name], ids)[name]
+
+    def columns(self, names: Sequence[str], ids: np.ndarray) -> dict[str, Any]:
+        """Several fields of the same samples."""
+        numbers, places = self._places(ids)
+        return {
+            name: self._column(name, ids, numbers, places[:, self._field(name)]) for name in names
+        }
+
+    def _column(self, name: str, ids: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> Any:
+        """`places` (n, 2) is where the field stands in the shards `numbers` (n,)."""
+        suffix = self.fields[name][1]
+        spec, kind = self.index.fields[suffix], suffix.rpartition(".")[2]
+        column = None
+        if spec.raw or kind == "npy":
+            column = self._stacked(spec, numbers, places)
+        elif kind == "cls":
+            column = self._labels(numbers, places)
+        if column is not None:
+            return column
+        views = self._views(numbers, places)
+        if kind in decode.PICTURES and spec.shape and None not in spec.shape:
+            return self._pictures(name, spec.shape, ids, views)
         return [self._decode(i, name, view) for i, view in zip(ids.tolist(), views, strict=True)]
 
-    def _field(self, name: str) -> tuple[int, str]:
-        """(where the field stands in a row of the table, its suffix)."""
+    def _field(self, name: str) -> int:
+        """Which of the fields in a row of a table has this name."""
         if name not in self.fields:
             known = ", ".join(self.fields)
             raise UserError(
                 f"{self.storage.name}: no field '{name}'{nearest(name, self.fields)} (there are {known})"
             )
-        number, suffix = self.fields[name]
-        return 2 * number, suffix
+        return self.fields[name][0]
 
-    def _gathered(self, place: int, spec: Field, ids: np.ndarray) -> np.ndarray:
-        """Elements of one shape as one array: each shard is seen as rows that begin at every byte, some are taken."""
-        dtype, shape = np.dtype(spec.dtype), tuple(size or 0 for size in spec.shape or ())
-        size = dtype.itemsize * math.prod(shape)
-        gathered = np.empty((len(ids), size), np.uint8)
+    def _places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shards (n,), (offset, size) of each of their fields (n, fields, 2))."""
         numbers, rows = self._rows(ids)
-        for number in np.unique(numbers).tolist() if size else ():
-            data, table = self._open.get(number) or self._map(number)
-            own = numbers == number
-            offsets = np.frombuffer(table, np.int64).reshape(-1, self._width)
-            starts = offsets[rows[own], place]
-            content = np.frombuffer(data, np.uint8)
-            every = np.lib.stride_tricks.sliding_window_view(content, size)
-            gathered[own] = every[starts]
-        return gathered.view(dtype).reshape(len(ids), *shape)
+        return numbers, self._mapped.places(numbers, rows)
 
-    def _stacked(self, i: int, name: str, views: list[memoryview]) -> np.ndarray | None:
-        """`.npy` files with one header as one array, each copied once; None where headers differ."""
-        first = np.asarray(self._decode(i, name, views[0]))
-        size = first.nbytes
-        start = len(views[0]) - size
-        header = bytes(views[0][:start])
-        if not first.flags.c_contiguous or size == 0:
+    def _views(self, numbers: np.ndarray, places: np.ndarray) -> list[memoryview]:
+        pairs = zip(numbers.tolist(), places.tolist(), strict=True)
+        return [self._mapped.view(number, offset, size) for number, (offset, size) in pairs]
+
+    def _stacked(self, spec: Field, numbers: np.ndarray, places: np.ndarray) -> np.ndarray | None:
+        """Arrays of one dtype and shape as one array; None where there is no such shape."""
+        offsets, sizes = places.T
+        if not len(sizes) or (sizes != sizes[0]).any():
             return None
-        stacked = np.empty((len(views), *first.shape), first.dtype)
-        target, at = stacked.reshape(-1).view(np.uint8).data, 0
-        for view in views:
-            if len(view) != start + size or view[:start].tobytes() != header:
+        size, start = int(sizes[0]), 0
+        if spec.raw:
+            dtype, shape = np.dtype(spec.dtype), tuple(spec.shape or ())
+            if spec.kind == "tokens":
+                shape = (size // dtype.itemsize,)
+        else:
+            first = self._mapped.view(int(numbers[0]), int(offsets[0]), size)
+            try:
+                start = decode.npy_header_size(first)
+                dtype, fortran, shape, count = decode.npy_header(bytes(first[:start]))
+            except ValueError:
+                return None  # said where it is decoded alone, with the sample's name
+            if fortran or size != start + count * dtype.itemsize:
                 return None
-            target[at : at + size] = view[start:]
-            at += size
-        return stacked
+            headers = self._mapped.gather(numbers, offsets, start).reshape(len(numbers), start)
+            if (headers != headers[0]).any():
+                return None
+        elements = self._mapped.gather(numbers, offsets + start, size - start)
+        return elements.view(dtype).reshape(len(numbers), *shape)
+
+    def _labels(self, numbers: np.ndarray, places: np.ndarray) -> np.ndarray | None:
+        """Whole numbers written in digits; None where one is not."""
+        offsets, sizes = places.T
+        labels = np.empty(len(sizes), np.int64)
+        for size in np.unique(sizes).tolist():
+            own = sizes == size
+            digits = self._mapped.gather(numbers[own], offsets[own], size)
+            if not size or not digits.all():
+                return None
+            try:
+                labels[own] = digits.view(f"S{size}").astype(np.int64)
+            except (ValueError, OverflowError):
+                return None
+        return labels
+
+    def _pictures(
+        self, name: str, shape: list[int | None], ids: np.ndarray, views: list[memoryview]
+    ) -> Any:
+        """Pictures decoded into one array, if all have the shape that the index names."""
+        pixels = np.empty((len(ids), *(side or 0 for side in shape)), np.uint8)
+        rows = zip(ids.tolist(), views, pixels, strict=True)
+        decoded = [self._decode(i, name, view, out) for i, view, out in rows]
+        return pixels if all(one.shape == pixels.shape[1:] for one in decoded) else decoded
 
     def needs(self, ids: np.ndarray) -> list[tuple[Bucket, Shard]]:
         """The shards that reading `ids` fetches from elsewhere, in that order."""
@@ -192,14 +203,14 @@ class Shards:
 
     def key(self, i: int) -> str:
         """The key of sample `i`, read from its tar header."""
-        _, table, row = self._locate(i)
-        path = self.storage.tar(self._shard(i))
+        (number,), (row,) = self._rows(np.array([i]))
+        table, path = self._mapped.table(int(number)), self.storage.tar(self._shard(i))
         if packed.is_packed(path):
-            return packed.key_of(path, list(table[row : row + self._width]))
-        offset = table[row]
-        near = range(max(0, row - self._width), row + self._width, 2)
-        ends = [-(-(table[at] + table[at + 1]) // tar.BLOCK) * tar.BLOCK for at in near]
-        start = max([0, *(end for end in ends if end <= offset)])
+            return packed.key_of(path, table[row].reshape(-1).tolist())
+        offset = int(table[row, 0, 0])
+        near = table[max(0, row - 1) : row + 1].reshape(-1, 2).sum(1)
+        ends = -(-near // tar.BLOCK) * tar.BLOCK
+        start = int(ends.max(where=ends <= offset, initial=0))
         return tar.key_at(path, start, offset)
 
     def where(self, i: int) -> str:
@@ -209,7 +220,8 @@ class Shards:
     def _shard(self, i: int) -> Shard:
         return self.shards[int(np.searchsorted(self._stops, i, "right"))]
 
-    def _decode(self, i: int, name: str, view: memoryview) -> Any:
+    def _decode(self, i: int, name: str, view: memoryview, out: np.ndarray | None = None) -> Any:
+        """The value of a field; a picture stands in `out` then, if it has its shape."""
         suffix = self.fields[name][1]
         kind = suffix.rpartition(".")[2]
         try:
@@ -219,7 +231,7 @@ class Shards:
                 return int(array) if kind == "cls" else array
             if kind in decode.PICTURES:
                 shape = self.index.fields[suffix].shape
-                return decode_picture(view, shape[2] if shape else None)
+                return decode_picture(view, shape[2] if shape else None, out)
             return decode.DECODERS.get(kind, bytes)(view)
         except UserError:
             raise
@@ -228,47 +240,9 @@ class Shards:
                 f"{self.where(i)}, field '{name}': cannot be decoded: {error}"
             ) from error
 
-    def _locate(self, i: int) -> tuple[memoryview, memoryview, int]:
-        """(bytes of its shard, the shard's flat table, where sample `i` begins in that table)."""
-        (number,), (row,) = self._rows(np.array([i]))
-        data, table = self._open.get(int(number)) or self._map(int(number))
-        return data, table, int(row) * self._width
-
     def _rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the shard of each of `ids`, its row in that shard's table)."""
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(self):
             raise IndexError(f"sample {ids.min()} or {ids.max()} of {len(self)}")
         numbers = np.searchsorted(self._stops, ids, "right")
         return numbers, ids - self._stops[numbers] + self.sizes[numbers]
-
-    def _map(self, number: int) -> Mapped:
-        """Map a shard and its table; both stay mapped until `most_open` others have been."""
-        shard = self.shards[number]
-        path = self.storage.tar(shard)
-        offsets = self.storage.table(shard, NPY_HEADER + 8 * self._width * shard.samples)
-        data, file = _mapped(path, shard.bytes), _mapped(offsets)
-        try:
-            table = decode.decode_npy(file)
-        except ValueError:
-            table = np.empty(0)
-        good = self._checked[number] or hashlib.sha256(file).hexdigest() == shard.offsets_sha256
-        if not good or table.shape != (shard.samples, self._width // 2, 2):
-            raise UserError(f"{offsets}: not the table that index.json names")
-        self._checked[number] = True
-        if len(self._open) >= self.storage.most_open:
-            del self._open[next(iter(self._open))]
-        self._open[number] = data, table.reshape(-1).data
-        return self._open[number]
-
-
-def _mapped(path: Path, size: int | None = None) -> memoryview:
-    """The bytes of a file, mapped read-only. torch does not keep the file open, as Python's mmap would."""
-    try:
-        found = path.stat().st_size
-        if size not in (None, found):
-            raise UserError(f"{path}: has {found} bytes, {size} when it was indexed")
-        array = torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8).numpy()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be opened: {error}") from error
-    array.flags.writeable = False
-    return array.data

@@ -132,7 +132,7 @@ def test_idx_and_numpy(tmp_path: Path) -> None:
             shards = Shards(out, part)
             ids = np.arange(len(shards))
             assert np.array_equal(shards.column("image", ids), images[part])
-            assert shards.column("label", ids) == labels[part].tolist()
+            assert shards.column("label", ids).tolist() == labels[part].tolist()
     assert Shards(tmp_path / "1", "test").sample(2)["z"] == 1.0
     with error("arrays of different lengths"):
         np.savez(tmp_path / "odd.npz", x=images["train"], y=labels["test"])
