@@ -15,6 +15,7 @@ from dist_train.errors import UserError, nearest
 
 PACKAGES = {"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """What fsspec needs for each protocol."""
+EXTRAS = {"https": "remote", "http": "remote", "s3": "s3", "gs": "gs"}
 HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?")
 BLOCK = 1 << 20
 CONNECT = 10.0
@@ -135,7 +136,7 @@ def _opened(address: str, start: int, patience: Patience) -> Iterator[tuple[Any,
         filesystem = _filesystem(protocol, patience.stall)
     except ImportError as error:
         raise UserError(
-            f"{address}: needs the package '{PACKAGES[protocol]}': pip install {PACKAGES[protocol]}"
+            f"{address}: needs the package '{PACKAGES[protocol]}': pip install 'dist-train[{EXTRAS[protocol]}]'"
         ) from error
     if protocol in ("http", "https"):
         # block_size 0 means one stream; a size, whichever, saves fsspec a request that asks for it

@@ -176,3 +176,26 @@ def test_hugging_face_data_sets(tmp_path: Path, monkeypatch) -> None:
     assert next(iter(samples(tmp_path / "out", "test").values()))["label"] == 1
     with error("'nobody/nothing' cannot be loaded"):
         pack("hf://nobody/nothing", tmp_path / "x")
+
+
+def test_hugging_face_data_sets_come_from_the_offline_cache(tmp_path: Path, monkeypatch) -> None:
+    """One that was downloaded before: here the library's own cache of a Parquet file, under the name of a set."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    label = datasets.ClassLabel(names=["vowel", "consonant"])
+    features = datasets.Features({"letter": datasets.Value("string"), "label": label})
+    rows = {"letter": list("abcde"), "label": [0, 1, 1, 1, 0]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "file.parquet")
+    datasets.load_dataset("parquet", data_files=str(tmp_path / "file.parquet"))
+    (info,) = (tmp_path / "cache" / "parquet").glob("*/0.0.0/*/dataset_info.json")
+    target = tmp_path / "cache" / "somebody___letters" / "default" / "0.0.0" / info.parent.name
+    target.parent.mkdir(parents=True)
+    info.parent.rename(target)
+    (target / "parquet-train.arrow").rename(target / "letters-train.arrow")
+    index = pack("hf://somebody/letters", tmp_path / "out")
+    assert index.classes == ["vowel", "consonant"]
+    read = list(samples(tmp_path / "out").values())
+    assert [one["letter"] for one in read] == list("abcde")
+    assert [one["label"] for one in read] == [0, 1, 1, 1, 0]
