@@ -31,6 +31,29 @@ HEAD = """\
 """
 PLAIN, DEEP, UNIT = "model.shortcut=none", "model.depth=56", "objective.variance=fixed"
 
+SCRATCH = ("weights=null", "optimizer.groups=[]")
+WHOLE = ("data.global_batch=4096", "data.micro_batch=1024")
+OPTIMISERS: dict[str, tuple[str, ...]] = {
+    "gradient descent, all samples a step": (*WHOLE, "optimizer.learning_rate=0.3"),
+    "mini-batch SGD": ("optimizer.learning_rate=0.3",),
+    "momentum": ("optimizer.learning_rate=0.03", "optimizer.momentum=0.9"),
+    "Nesterov": (
+        "optimizer.learning_rate=0.03",
+        "optimizer.momentum=0.9",
+        "optimizer.nesterov=true",
+    ),
+    "RMSProp": ("optimizer.name=rmsprop", "optimizer.learning_rate=1e-3"),
+    "AdaGrad": ("optimizer.name=adagrad", "optimizer.learning_rate=0.03"),
+    "Adam": ("optimizer.name=adam", "optimizer.learning_rate=1e-3"),
+    "AdamW": (
+        "optimizer.name=adamw",
+        "optimizer.learning_rate=3e-3",
+        "optimizer.weight_decay=0.1",
+    ),
+    "Muon": ("optimizer.name=muon", "optimizer.learning_rate=1e-3"),
+}
+"""Each with the best of two to four rates by the error of the validation split."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -45,6 +68,8 @@ class Row:
     floor: str = "-"
     published: str = "-"
     seeds: int = 1
+    trunk: str = ""
+    """The row from whose run the weights start."""
 
     @property
     def command(self) -> str:
@@ -79,6 +104,10 @@ ROWS = (
         floor=">= 88 %",
         published="90.0 %: MLP 256-128-64",
     ),
+    *(
+        Row("F5", name, "optimisers-mnist", "mnist5k", "error", settings)
+        for name, settings in OPTIMISERS.items()
+    ),
     Row("F4", "no regularisation", "regularisation-mnist", "mnist5k", "error"),
     Row(
         "F4",
@@ -90,6 +119,14 @@ ROWS = (
     ),
     Row("F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=1e-4",)),
     Row("F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.5",)),
+    Row(
+        "F8",
+        "early stopping",
+        "regularisation-mnist",
+        "mnist5k",
+        "error",
+        ("callbacks.early_stopping.patience=5", "evaluate.best=loss", "evaluate.every=1 epoch"),
+    ),
     Row(
         "C1",
         "LeNet-5",
@@ -147,6 +184,16 @@ ROWS = (
         "error",
         ("model.norm=none", "optimizer.learning_rate=0.1"),
     ),
+    Row("use", "fine-tuned", "fine-tune-emoji", "emoji-twitter", "accuracy", trunk="AlexNet"),
+    Row("use", "from scratch, as long", "fine-tune-emoji", "emoji-twitter", "accuracy", SCRATCH),
+    Row(
+        "use",
+        "from scratch, five times as long",
+        "fine-tune-emoji",
+        "emoji-twitter",
+        "accuracy",
+        (*SCRATCH, "duration=10 epochs"),
+    ),
 )
 
 PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
@@ -162,6 +209,21 @@ PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
             ("evaluate/r2", "validation R2"),
             ("evaluate/nll", "validation negative log-likelihood"),
         ),
+    ),
+    "course-optimisers": (
+        "epoch",
+        tuple(OPTIMISERS),
+        (("loss", "training loss"), ("evaluate/error", "validation error")),
+    ),
+    "course-regularisation": (
+        "epoch",
+        ("no regularisation", "weight decay", "l1 term", "dropout", "early stopping"),
+        (("loss", "training loss"), ("evaluate/loss", "validation loss")),
+    ),
+    "course-fine-tuning": (
+        "seconds",
+        ("fine-tuned", "from scratch, as long", "from scratch, five times as long"),
+        (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
     ),
     "course-fashion": (
         "seconds",
@@ -193,13 +255,16 @@ def folder_of(row: Row, runs: Path, seed: int = 0) -> Path:
     return runs / (f"{name}+seed-{seed}" if seed else name)
 
 
-def train(row: Row, folder: Path, seed: int) -> None:
+def train(row: Row, folder: Path, seed: int, runs: Path) -> None:
     """Train one row anew and read its test split; note how busy the machine was."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "dist_train", "train", row.recipe, "--ranks", "2"]
     command += ["--run-dir", str(folder), "--set", "threads=1", "--set", f"seed={seed}"]
     for setting in row.settings:
         command += ["--set", setting]
+    if row.trunk:
+        source = next(other for other in ROWS if other.name == row.trunk)
+        command += ["--set", f"weights.from={folder_of(source, runs)}"]
     load = os.getloadavg()[0]
     subprocess.run(command, check=True, cwd=ROOT)
     (folder / "load.txt").write_text(f"{load:.1f}")
@@ -282,7 +347,7 @@ def main() -> None:
         folders = [folder_of(row, runs, seed) for seed in range(row.seeds)]
         for seed, folder in enumerate(folders):
             if not options.read and folder not in done:
-                train(row, folder, seed)
+                train(row, folder, seed, runs)
             done.add(folder)
         finished = [folder for folder in folders if (folder / "test.json").exists()]
         if finished:
