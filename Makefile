@@ -49,6 +49,7 @@ parity: install
 
 results: install
 	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/course.py
 
 peers: .peers/installed
 

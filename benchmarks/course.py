@@ -88,13 +88,14 @@ def initialisation(scratch: Path) -> None:
 def landscape(scratch: Path) -> None:
     """F12: softmax regression against ten layers on the same digits."""
     rows = []
-    for name, (recipe, settings) in LANDSCAPES.items():
-        folder = train(recipe, settings, scratch / name)
-        plot = IMAGES / f"course-landscape-{name}.png"
+    for key, (recipe, settings) in LANDSCAPES.items():
+        folder = train(recipe, settings, scratch / key)
+        plot = IMAGES / f"course-landscape-{key}.png"
         found = measure_landscape(folder, out=plot, batches=100, steps=40)
         largest, least = found["largest_eigenvalues"][0], found["smallest_eigenvalue"]
         figures = [found["loss"], found["gradient_norm"], largest, least]
-        rows.append([f"`{recipe}`", *(f"{figure:.3g}" for figure in figures), found["kind"]])
+        name = f"`{recipe}`" + (", without the norm, rate 0.1" if settings[1:] else "")
+        rows.append([name, *(f"{figure:.3g}" for figure in figures), found["kind"]])
     head = ["network", "loss", "norm of the gradient", "largest eigenvalue", "smallest", "kind"]
     table(head, *rows)
 

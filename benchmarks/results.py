@@ -117,8 +117,8 @@ ROWS = (
         "error",
         ("optimizer.weight_decay=1e-3",),
     ),
-    Row("F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=1e-4",)),
-    Row("F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.5",)),
+    Row("F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=3e-4",)),
+    Row("F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.3",)),
     Row(
         "F8",
         "early stopping",

@@ -60,7 +60,12 @@ def measure(
     if recipe.model.get("name") is None:
         raise UserError("bias-variance: expected a recipe of one player")
     callbacks = {k: v for k, v in recipe.callback_specs.items() if v["name"] not in SILENT}
-    member = recipe.set("callbacks", callbacks).set("strategy", "single").set("threads", 1)
+    member = (
+        recipe.set("callbacks", callbacks)
+        .set("strategy", "single")
+        .set("placement", {})
+        .set("threads", 1)
+    )
     member.check_components()
     data_folders(member)  # packed by this process, not by the members
     folder = _folder(recipe, run_dir)

@@ -31,6 +31,7 @@ class Buckets:
                 not self.members
                 or bytes_so_far >= BUCKET_BYTES
                 or self.members[-1][0].dtype != parameter.dtype
+                or self.members[-1][0].device != parameter.device
             ):
                 self.members.append([])
             self.members[-1].append(parameter)

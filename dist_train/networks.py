@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.errors import nearest
+from dist_train.placement import place
 from dist_train.precision import AUTOCAST
 
 
@@ -27,11 +28,21 @@ class Player(nn.Module):
         precision: str,
         device_type: str,
         channels_last: bool = False,
+        placement: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.precision, self.device_type = precision, device_type
         self.channels_last = channels_last
+        self.placement = dict(placement or {})
+
+    def on(self, devices: Sequence[str]) -> Player:
+        """Move the networks to the first device, and what is placed elsewhere to its own."""
+        self.to(devices[0])
+        if self.placement:
+            for network in self.networks.values():
+                place(network, self.placement, devices)
+        return self
 
     def forward(self, name: str, *inputs: Any) -> Any:
         if self.channels_last:

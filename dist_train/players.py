@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from dist_train import placement
 from dist_train.batch_norm import check_groups, synchronise
 from dist_train.blocks import chosen, compile_forward, recompute_activations, repeated_blocks
 from dist_train.errors import UserError
@@ -50,8 +51,10 @@ def make_players(
                 recompute_activations(module)
     if recipe.compile:
         _compile(networks, by_name, recipe, given)
+    for module in by_name.values():
+        placement.check(module, recipe.placement)
     return {
-        player: Player(modules, recipe.precision, device, recipe.channels_last)
+        player: Player(modules, recipe.precision, device, recipe.channels_last, recipe.placement)
         for player, modules in networks.items()
     }
 

@@ -20,6 +20,7 @@ from dist_train.errors import UserError
 from dist_train.recipe_checks import (
     check_every,
     check_networks,
+    check_placement,
     check_players,
     check_types,
     check_weights,
@@ -95,6 +96,9 @@ class Recipe(Section):
     )
     init: dict[str, Any] | None = Field(
         None, description="a mapping {name: ..., arguments}, or {player: {name: ...}}"
+    )
+    placement: dict[str, Annotated[int, Field(ge=1, le=64)]] = Field(
+        default={}, description="a mapping {part of the network: device of the rank, 1 or more}"
     )
     weights: dict[str, Any] | None = Field(
         None, description="a mapping {from: ...}, or {player: {from: ...}}"
@@ -266,6 +270,11 @@ class Recipe(Section):
         }
 
     @property
+    def devices(self) -> int:
+        """How many devices a rank takes."""
+        return 1 + max(self.placement.values(), default=0)
+
+    @property
     def callback_specs(self) -> dict[str, dict[str, Any]]:
         """{instance: {"name": ..., arguments}}; the name of a callback is its instance's unless it says otherwise."""
         return {instance: {"name": instance} | spec for instance, spec in self.callbacks.items()}
@@ -340,6 +349,7 @@ class Recipe(Section):
     def _check(self) -> Recipe:
         check_networks(self.model)
         check_players(self)
+        check_placement(self)
         for instance, spec in self.callbacks.items():
             where = f"callbacks.{instance}"
             if not re.fullmatch(NAME, instance) or "." in instance:

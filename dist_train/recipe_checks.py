@@ -49,6 +49,31 @@ def check_networks(model: dict[str, Any]) -> None:
                 raise UserError(f"{where}: {error}") from None
 
 
+def check_placement(recipe: Recipe) -> None:
+    """A network over several devices of a rank is one network, whole on every rank."""
+    if not recipe.placement:
+        return
+    if list(recipe.networks.items()) != [("model", {"model": recipe.model})]:
+        raise UserError(
+            f"placement: got {short(recipe.placement)}, expected none with several players or networks"
+        )
+    numbers = set(recipe.placement.values())
+    if numbers != set(range(1, recipe.devices)):
+        raise UserError(
+            f"placement: got the devices {', '.join(map(str, sorted(numbers)))}, expected all of 1 to"
+            f" {recipe.devices - 1} (what is not named is on device 0)"
+        )
+    name = recipe.strategies["model"]["name"]
+    if name not in ("single", "ddp"):
+        raise UserError(
+            f"strategy: got {name} with a placement, expected single or ddp: ZeRO keeps all of a rank on one device"
+        )
+    if recipe.compile:
+        raise UserError(
+            "compile: got true with a placement, expected false: its hooks cannot be traced"
+        )
+
+
 def check_players(recipe: Recipe) -> None:
     """Whatever is given by player is given for each of them, and for nobody else."""
     players = recipe.players

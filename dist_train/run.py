@@ -39,7 +39,7 @@ from dist_train.world import COLLECTIVE_TIMEOUT, World, pin_threads
 if TYPE_CHECKING:
     from torch import nn
 
-SPREAD = ("strategy", "threads", "workers", "prefetch", "watch", "launch")
+SPREAD = ("strategy", "placement", "threads", "workers", "prefetch", "watch", "launch")
 """Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
@@ -145,7 +145,9 @@ def _train_rank(
 
 def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str, Any]:
     recipe.importable()
-    world = World.join(group=needs_group(recipe), timeout=_collective_timeout(recipe))
+    world = World.join(
+        group=needs_group(recipe), timeout=_collective_timeout(recipe), devices=recipe.devices
+    )
     threads = pin_threads(recipe.threads, world.local_size)
     recipe = auto.resolve(recipe, world, build_one)
     directory = _directory(recipe, world, options)
@@ -218,7 +220,7 @@ def needs_group(recipe: Recipe) -> bool:
 
 def build_one(recipe: Recipe) -> Trainer:
     """Build a run of one process that leaves nothing behind, for a step on fake tensors (`tracing.foresee`)."""
-    return build(recipe, World(), RunDirectory(Path("nowhere")))
+    return build(recipe, World(device_count=recipe.devices), RunDirectory(Path("nowhere")))
 
 
 def build(

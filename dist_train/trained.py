@@ -28,7 +28,7 @@ def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
     directory = RunDirectory.open(run_dir)
     recipe = recipe or Recipe.load(directory.path)
     silent = {k: v for k, v in recipe.callback_specs.items() if v["name"] not in SILENT}
-    recipe = recipe.set("callbacks", silent).set("strategy", "single")
+    recipe = recipe.set("callbacks", silent).set("strategy", "single").set("placement", {})
     recipe.importable()
     world = World.join({})
     pin_threads(recipe.threads, 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from dist_train.errors import UserError
 from dist_train.rendezvous import meet, share_a_gpu
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_TRAIN_TIMEOUT", "600")))
@@ -28,6 +29,15 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     device: str = "cpu"
+    device_count: int = 1
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices of this rank, `device` first; on CPU there is one, as often as asked for."""
+        kind, _, index = self.device.partition(":")
+        if not index:
+            return [kind] * self.device_count
+        return [f"{kind}:{int(index) + i}" for i in range(self.device_count)]
 
     @property
     def is_main(self) -> bool:
@@ -40,12 +50,13 @@ class World:
         *,
         group: bool = False,
         timeout: timedelta | None = None,
+        devices: int = 1,
     ) -> World:
         """Take the place that the launcher (torchrun, accelerate, deepspeed, ours) gave in RANK, WORLD_SIZE, ....
 
         A task of plain `srun` takes it from Slurm's own variables. Without those this process is the whole world.
         `group` asks for a process group even then (DeepSpeed cannot do without one). A collective fails after
-        `timeout`, by default COLLECTIVE_TIMEOUT.
+        `timeout`, by default COLLECTIVE_TIMEOUT. Of GPUs each rank takes `devices`; UserError where there are fewer.
         """
         import torch
         import torch.distributed as dist
@@ -59,7 +70,12 @@ class World:
             environ.get("LOCAL_WORLD_SIZE", environ.get("DIST_TRAIN_LOCAL_SIZE", size))
         )
         if torch.cuda.is_available():
-            device = f"cuda:{local_rank % torch.cuda.device_count()}"
+            there = torch.cuda.device_count()
+            if devices > 1 and local_size * devices > there:
+                raise UserError(
+                    f"placement: needs {devices} GPUs for each of {local_size} ranks of this machine, which has {there}"
+                )
+            device = f"cuda:{local_rank * devices % there}"
             torch.cuda.set_device(device)
         else:
             device = "cpu"
@@ -83,7 +99,7 @@ class World:
                 world_size=size,
                 timeout=timeout,
             )
-        return cls(rank, size, local_rank, local_size, device)
+        return cls(rank, size, local_rank, local_size, device, devices)
 
     def store(self, name: str) -> Any:
         """The store by which the ranks found each other, for messages beside the collectives; None for one rank."""

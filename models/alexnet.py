@@ -1,7 +1,8 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton 2012, "ImageNet classification with deep CNNs").
 
 The paper's two GPUs are two columns of half the channels each, which see each other's maps only before the third
-convolution and the linear layers. Here the columns are the network, and which device holds a column is a placement.
+convolution and the linear layers. Here the columns are the network, and which device holds a column is the recipe's
+`placement: {column2: 1}`.
 Shapes: B images, C channels, S x S pixels, w width (channels of a column's first maps), K classes.
 """
 

@@ -55,7 +55,7 @@ class Engine(ABC):
 
     def __init__(self, player: Player, world: World, given: bool) -> None:
         self.world, self.given = world, given
-        self.player = player.to(world.device)
+        self.player = player.on(world.devices)
         self.names = {plain_name(name): p for name, p in player.named_parameters()}
         self.trained = {name: p for name, p in self.names.items() if p.requires_grad}
         self.buffers = {plain_name(name): b for name, b in player.named_buffers()}

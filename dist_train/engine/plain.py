@@ -32,6 +32,7 @@ class PlainEngine(Engine):
         ]
         self.optimizer_state = _slices_of_state(self.trained, self.optimizer.state)
         self._buckets = Buckets(list(self.trained.values()), world) if world.size > 1 else None
+        self._several_devices = len({p.device for p in self.trained.values()}) > 1
         self._divides_by_scale = bool(self.optimizer.defaults.get("fused")) and all(
             p.dtype == torch.float32 for p in self.trained.values()
         )
@@ -82,6 +83,8 @@ class PlainEngine(Engine):
     def _update(self) -> bool:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norms = torch._foreach_norm(self._buckets.flat if self._buckets else gradients)
+        if self._several_devices:
+            norms = tuple(norm.to(self.world.device) for norm in norms)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         divisor = None
         if self.loss_scale:
@@ -95,7 +98,11 @@ class PlainEngine(Engine):
             divisor = excess if divisor is None else divisor * excess
         in_the_kernel = self._divides_by_scale and self._clip_value is None
         if divisor is not None and not in_the_kernel:
-            torch._foreach_div_(gradients, divisor)
+            if self._several_devices:
+                for gradient in gradients:
+                    gradient.div_(divisor.to(gradient.device))
+            else:
+                torch._foreach_div_(gradients, divisor)
         if self._clip_value is not None:
             torch._foreach_clamp_min_(gradients, -self._clip_value)
             torch._foreach_clamp_max_(gradients, self._clip_value)

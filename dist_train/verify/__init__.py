@@ -129,7 +129,8 @@ def _steps_for_every_player(objective: Objective) -> int:
 def _bare(recipe: Recipe, ranks: int) -> Recipe:
     """The recipe without callbacks that only look on, on as many threads whether one process runs or several."""
     kept = {k: v for k, v in recipe.callback_specs.items() if v["name"] not in LOOKING_ON}
-    return recipe.set("callbacks", kept).set("threads", threads_a_rank(recipe.threads, ranks))
+    recipe = recipe.set("callbacks", kept).set("placement", {})
+    return recipe.set("threads", threads_a_rank(recipe.threads, ranks))
 
 
 def _strategies(recipe: Recipe) -> dict[str, Any]:
