@@ -69,13 +69,21 @@ def contour_plot(
     levels: Sequence[Sequence[float]],
     way: Sequence[Sequence[float]],
 ) -> None:
-    """Write a map as a PNG file: `levels` (one row a y) as contours, and on it the points (x, y) of a way to (0, 0)."""
+    """Write a map as a PNG file: `levels` (one row a y) as contours, and on it the points (x, y) of a way to (0, 0).
+
+    The steps from contour to contour are equal factors where all levels are positive and far apart.
+    """
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     axis: Any = figure.subplots()
-    shown = axis.contourf(xs, ys, levels, levels=25, cmap="viridis")
-    figure.colorbar(shown, label="loss")
+    low, high = min(map(min, levels)), max(map(max, levels))
+    look: dict[str, Any] = {"levels": 25}
+    if 0 < 20 * low < high:
+        look = {"levels": [low * (high / low) ** (i / 25) for i in range(26)], "norm": LogNorm()}
+    shown = axis.contourf(xs, ys, levels, cmap="viridis", **look)
+    figure.colorbar(shown, label="loss", format="%.2g")
     axis.plot([x for x, _ in way], [y for _, y in way], "w.-", linewidth=1.5)
     axis.plot([0], [0], "r*", markersize=12)
     axis.set_xlabel("first direction of the way")
