@@ -23,18 +23,19 @@ class BufferKeeper:
         self.live = self.floats + self.integers
         self.micro_batches = 0
 
-    @torch.no_grad()
     def begin(self) -> None:
         if not self.live:
             return
-        self.before = [b.clone() for b in self.live]
+        self.before = [b.detach().clone() for b in self.live]
         self.change = [torch.zeros_like(b) for b in self.floats]
         self.micro_batches = 0
 
-    @torch.no_grad()
     def after_micro_batch(self, last: bool) -> None:
-        if not self.live:
-            return
+        if self.live:
+            self._after_micro_batch(last)
+
+    @torch.no_grad()
+    def _after_micro_batch(self, last: bool) -> None:
         self.micro_batches += 1
         start = self.before[: len(self.floats)]
         if self.floats:
@@ -49,10 +50,12 @@ class BufferKeeper:
         for buffer, before in zip(self.live, self.before if self.live else [], strict=True):
             buffer.copy_(before)
 
-    @torch.no_grad()
     def end(self) -> None:
-        if not self.floats:
-            return
+        if self.floats:
+            self._end()
+
+    @torch.no_grad()
+    def _end(self) -> None:
         flat = torch.cat([c.flatten() for c in self.change])
         self.world.sum_(flat).div_(self.micro_batches * self.world.size)
         mean = [

@@ -132,9 +132,12 @@ class Duration:
         return step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Every:
-    """A rhythm: it fires at the first step past each multiple of its period."""
+    """A rhythm: it fires at the first step past each multiple of its period.
+
+    It is asked at every step, so it is its own key: to hash a fraction takes longer than the answer.
+    """
 
     period: Duration
 

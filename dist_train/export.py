@@ -149,8 +149,8 @@ def _inputs(trainer: Trainer) -> dict[str, tuple[Tensor, ...]]:
         )
         seen = trainer.seen_by(turn)
         networks = Networks({name: noting(name, seen[name]) for name in seen})
-        with randomness.at(trainer.seed, 0, turn.index, micro.index):
-            trainer.objective.loss(turn, networks, micro, trainer.scalars)
+        randomness.reseed(trainer.seed, 0, turn.index, micro.index)
+        trainer.objective.loss(turn, networks, micro, trainer.scalars)
     return found
 
 

@@ -73,10 +73,8 @@ def _predicted(
     classes = Index.load(data_folders(trainer.recipe)[0]).classes
     networks = trainer.view(weights)
     for micro in evaluation_batches(trainer.recipe, trainer.world, split, folder):
-        with (
-            torch.no_grad(),
-            randomness.at(trainer.seed, trainer.step, randomness.EVALUATION, micro.index),
-        ):
+        randomness.reseed(trainer.seed, trainer.step, randomness.EVALUATION, micro.index)
+        with torch.no_grad():
             found = trainer.objective.predict(networks, micro.to(trainer.world.device))
         columns = {name: tensor.tolist() for name, tensor in found.items()}
         for row in range(micro.real):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -24,15 +22,9 @@ def key(*numbers: int) -> int:
 
 
 def reseed(*numbers: int) -> None:
-    """Seed the default generator of the CPU, and of this rank's GPU when it is in use."""
+    """From here on every draw is a function of these numbers alone, on the CPU and on this rank's GPU when it is in
+    use: of (seed, step, turn index, micro-batch index) in a forward."""
     seed = key(*numbers)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-@contextmanager
-def at(seed: int, step: int, turn: int, micro: int) -> Iterator[None]:
-    """Within this block every draw comes from the generator of (seed, step, turn index, micro-batch index)."""
-    reseed(seed, step, turn, micro)
-    yield

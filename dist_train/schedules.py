@@ -43,12 +43,11 @@ def build(
         )
     clock = ("step", "total", "warmup", "cuts")
     factor = check("schedule", {"name": name, **given}, where, provided=clock)
-    taken = set(arguments(factor)) & set(clock)
+    taken = [name for name in arguments(factor) if name in clock]
 
     def value(step: int, cuts: int = 0) -> float:
         now = {"step": step, "total": total_steps, "warmup": warmup_steps, "cuts": cuts}
-        bound = {key: now[key] for key in taken}
-        return ramp(step, warmup_steps) * factor(**bound, **given)
+        return ramp(step, warmup_steps) * factor(**{name: now[name] for name in taken}, **given)
 
     try:
         value(0)  # what is out of range is refused here, not in the middle of a run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ class Trainer:
     Attributes:
         step: completed steps: the index of the present step until its `step_ends`, which already counts it.
         engines: by player. scalars: scheduled values by name, as objectives see them.
-        batch: this rank's micro-batches of the present step. losses: this rank's share of its loss, by player.
+        batch: this rank's micro-batches of the present step. turns: those of the step that have begun.
         best: `{"step", "value"}` of the best evaluation so far. stopping: why the run ends early, or "".
         saved: the step of the newest checkpoint. interruption: whether a signal has told the run to end.
     """
@@ -75,10 +74,9 @@ class Trainer:
         self.meter = Meter()
         self.row: dict[str, Any] = {}
         self.batch: list[MicroBatch] = []
-        self.losses: dict[str, Tensor] = {}
+        self.turns: list[Turn] = []
         self.best: dict[str, Any] = {}
         self.stopping = ""
-        self.data_wait = 0.0
         self.heartbeat = Heartbeat()
         self.interruption = Interruption(world)
         self.saved = 0
@@ -87,6 +85,7 @@ class Trainer:
         }
         slots = recipe.data.global_batch // recipe.data.micro_batch // world.size
         self.memory = SlotMemory(range(world.rank * slots, (world.rank + 1) * slots), world.device)
+        self._losses: dict[str, list[tuple[Tensor, float | Tensor]]] = {}
         self._reversed = micro_order == "reversed"
         self._weight_is_constant = objective.constant_weight()
 
@@ -96,23 +95,24 @@ class Trainer:
         """Run from the present step to the end; or to step `until`, and end there as at the end."""
         self.until = 0 if self.stopping else min(self.total_steps, until or self.total_steps)
         for step, batch in self._fetch():
-            self.batch, self.losses = batch, {}
+            self.heartbeat.enter("callbacks")
+            self.batch, self.turns, self._losses = batch, [], {}
             for micro in batch:
                 self.memory.lend(micro)
             self.callbacks.call("step_begins", self)
             for turn in self.objective.turns(step):
-                self.heartbeat.enter("reduce")
+                self.turns.append(turn)
                 engine, total = self.engines[turn.player], self._batch_weight(batch)
                 engine.begin_turn(turn.index)
                 for micro in batch:
                     self.heartbeat.enter("forward")
-                    with randomness.at(self.seed, step, turn.index, micro.index):
-                        seen = self.seen_by(turn)
-                        loss, logged = self.objective.loss(turn, seen, micro, self.scalars)
+                    randomness.reseed(self.seed, step, turn.index, micro.index)
+                    seen = self.seen_by(turn)
+                    loss, logged = self.objective.loss(turn, seen, micro, self.scalars)
                     self.memory.check(micro)
                     self.heartbeat.enter("backward")
                     share = self.objective.weight(micro) / total
-                    engine.backward(loss * share, last=micro is batch[-1])
+                    engine.backward(loss, share, last=micro is batch[-1])
                     self._note(turn, loss, logged, share)
                     faultpoint("backward")
                 self.heartbeat.enter("reduce")
@@ -122,6 +122,7 @@ class Trainer:
                 self.callbacks.call("gradients_ready", self, turn)
                 engine.step()
                 faultpoint("step")
+                self.callbacks.call("turn_ends", self, turn)
             self.step += 1
             self.heartbeat.enter("callbacks")
             self.callbacks.call("step_ends", self)
@@ -134,14 +135,12 @@ class Trainer:
             if self.step < self.until and self.interruption.reached():
                 self._save_and_leave()
             self.heartbeat.enter("data", self.step + 1)
-            asked = time.perf_counter()
             try:
                 step, batch = next(batches)
             except StopIteration:
                 return
             if self.world.device != "cpu":
                 batch = [micro.to(self.world.device) for micro in batch]
-            self.data_wait += time.perf_counter() - asked
             yield step, batch[::-1] if self._reversed else batch
 
     def _save_and_leave(self) -> None:
@@ -157,14 +156,15 @@ class Trainer:
         """The weight of the global batch, known before backward on every rank (law 3)."""
         if self._weight_is_constant:
             return float(self.global_batch)
+        self.heartbeat.enter("reduce")
         weights = [torch.as_tensor(self.objective.weight(micro)) for micro in batch]
         mine = torch.stack(weights).to(self.world.device).double().sum()
         return self.world.sum_(mine).float()
 
-    def _note(self, turn: Turn, loss: Tensor, logged: Mapping[str, Tensor], share: Any) -> None:
-        part = loss.detach() * share
-        before = self.losses.get(turn.player)
-        self.losses[turn.player] = part if before is None else before + part
+    def _note(
+        self, turn: Turn, loss: Tensor, logged: Mapping[str, Tensor], share: float | Tensor
+    ) -> None:
+        self._losses.setdefault(turn.player, []).append((loss.detach(), share))
         for name, value in logged.items():
             self.meter.add(self.named(turn.player, name), value, share)
 
@@ -193,6 +193,14 @@ class Trainer:
                 for name, player in self._networks.items()
             }
         )
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """This rank's share of the present step's loss, by player."""
+        return {
+            player: torch.stack([loss * share for loss, share in parts]).sum()
+            for player, parts in self._losses.items()
+        }
 
     def callback(self, name: str) -> Any:
         """The callback instance called `name`."""
@@ -296,10 +304,8 @@ class Trainer:
         for micro in batches:
             self.heartbeat.enter("evaluate")
             micro = micro.to(self.world.device)
-            with (
-                torch.no_grad(),
-                randomness.at(self.seed, self.step, randomness.EVALUATION, micro.index),
-            ):
+            randomness.reseed(self.seed, self.step, randomness.EVALUATION, micro.index)
+            with torch.no_grad():
                 outputs = self.objective.evaluate(networks, micro)
             for metric in self.metrics.values():
                 metric.update(outputs, micro)

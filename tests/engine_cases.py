@@ -883,9 +883,8 @@ class Weights(Callback):
     def run_begins(self, run: Any) -> None:
         self.after = {player: [run.full_weights(player)] for player in run.engines}
 
-    def step_ends(self, run: Any) -> None:
-        for player in run.losses:
-            self.after[player].append(run.full_weights(player))
+    def turn_ends(self, run: Any, turn: Any) -> None:
+        self.after[turn.player].append(run.full_weights(turn.player))
 
 
 class Ids(Callback):

@@ -22,7 +22,7 @@ class WrongLossScale(Callback):
 
 
 def _scaled(backward: Any, factor: float) -> Any:
-    return lambda loss, *, last: backward(loss * factor, last=last)
+    return lambda loss, share, *, last: backward(loss, share * factor, last=last)
 
 
 class ForgottenReduction(Callback):

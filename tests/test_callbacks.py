@@ -19,6 +19,7 @@ from dist_train.callbacks.clip_gradients import ClipGradients
 from dist_train.callbacks.early_stopping import EarlyStopping
 from dist_train.callbacks.ema import ExponentialMovingAverage
 from dist_train.errors import UserError
+from dist_train.objectives import Turn
 from dist_train.run import train
 from dist_train.testing import assert_same_run, read_trace, sample_ids, spawn_ranks, tiny_run
 from dist_train.world import World, pin_threads
@@ -127,6 +128,24 @@ def test_ema_of_one_turn_is_nine_tenths_live(tiny_data: Path, tmp_path: Path) ->
     for name, live in after.items():
         expected = 0.1 * before[name].double() + 0.9 * live.double()
         assert torch.allclose(averages["critic"][name].double(), expected, rtol=0, atol=1e-7)
+
+
+def test_ema_ticks_by_turns_where_a_step_has_several(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = cases.tiny_recipe("wgan_gp", tiny_data, strategy="single")
+    recipe = recipe.set("callbacks.ema", {"decay": 0.999, "players": ["critic"]})
+    recipe = recipe.set("callbacks.weights", {"name": "engine_cases:Weights"})
+    players = ("critic", "critic", "generator")
+    with cases.trainer_of(recipe, World(), tmp_path / "run") as trainer:
+        trainer.objective.turns = lambda step: [Turn(p, i) for i, p in enumerate(players)]
+        trainer.train(until=2)
+        average = trainer.callback("ema").weights(trainer)["critic"]
+        first, *after = trainer.callback("weights").after["critic"]
+        assert trainer.callback("ema").turns == {"critic": len(after)} == {"critic": 4}
+    for name, weight in first.items():
+        expected = weight.double()
+        for turn, live in enumerate(after):
+            expected.lerp_(live[name].double(), 1 - (1 + turn) / (10 + turn))
+        assert torch.allclose(average[name].double(), expected, rtol=0, atol=1e-6), name
 
 
 @pytest.mark.parametrize("decay", (-0.1, 1.0, 1.5, math.nan))

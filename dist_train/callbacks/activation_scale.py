@@ -55,8 +55,8 @@ class ActivationScale(Callback):
         for name in run.recipe.networks[turn.player]:
             calls[name] = views.observed(name, seen)
         micro = min(run.batch, key=lambda micro: micro.index)
-        with randomness.at(run.seed, run.step, turn.index, micro.index):
-            loss, _ = run.objective.loss(turn, Networks(calls), micro, run.scalars)
+        randomness.reseed(run.seed, run.step, turn.index, micro.index)
+        loss, _ = run.objective.loss(turn, Networks(calls), micro, run.scalars)
         every = [output for of_layer in outputs.values() for output in of_layer]
         gradients = iter(torch.autograd.grad(loss, every, materialize_grads=True))
         return {

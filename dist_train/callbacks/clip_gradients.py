@@ -59,13 +59,12 @@ class ClipGradients(Callback):
         if self._concerns(turn.player) and (self.norm or self.value):
             run.engines[turn.player].clip(norm=self.norm, value=self.value)
 
+    def turn_ends(self, run: Trainer, turn: Turn) -> None:
+        if self.suggest and self._concerns(turn.player):
+            self.unread.setdefault(turn.player, []).append(run.engines[turn.player].norm)
+
     def step_ends(self, run: Trainer) -> None:
-        if not self.suggest:
-            return
-        for player in run.losses:
-            if self._concerns(player):
-                self.unread.setdefault(player, []).append(run.engines[player].norm)
-        if run.every(run.recipe.log.every) or run.is_last:
+        if self.suggest and (run.every(run.recipe.log.every) or run.is_last):
             self._read()
             for player, norms in self.norms.items():
                 bound = torch.tensor(norms, dtype=torch.float64).quantile(SHARE)

@@ -14,6 +14,7 @@ from dist_train.engine import Slice
 from dist_train.errors import UserError
 
 if TYPE_CHECKING:
+    from dist_train.objectives import Turn
     from dist_train.trainer import Trainer
 
 
@@ -35,26 +36,25 @@ class ExponentialMovingAverage(Callback):
         self.decay, self.players = decay, players
         self.turns: dict[str, int] = {}
         self.average: dict[str, list[Slice]] = {}
+        self._pairs: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
     def run_begins(self, run: Trainer) -> None:
         for player in self.players or run.engines:
             self.turns.setdefault(player, 0)
-            self.average[player] = [
-                replace(part, tensor=part.tensor.clone()) for part in self._live(run, player)
-            ]
-
-    def step_ends(self, run: Trainer) -> None:
-        for player in self.average:
-            if player not in run.losses:  # it had no turn in this step
-                continue
-            turn = self.turns[player]
-            self.turns[player] = turn + 1
-            decay = min(self.decay, (1 + turn) / (10 + turn))
-            torch._foreach_lerp_(
+            live = self._live(run, player)
+            self.average[player] = [replace(part, tensor=part.tensor.clone()) for part in live]
+            self._pairs[player] = (
                 [part.tensor for part in self.average[player]],
-                [part.tensor for part in self._live(run, player)],
-                1 - decay,
+                [part.tensor for part in live],
             )
+
+    def turn_ends(self, run: Trainer, turn: Turn) -> None:
+        if turn.player not in self._pairs:
+            return
+        done = self.turns[turn.player]
+        self.turns[turn.player] = done + 1
+        average, live = self._pairs[turn.player]
+        torch._foreach_lerp_(average, live, 1 - min(self.decay, (1 + done) / (10 + done)))
 
     def weights(self, run: Trainer) -> dict[str, dict[str, Tensor]]:
         whole = {}

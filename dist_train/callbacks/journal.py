@@ -13,6 +13,7 @@ import torch
 from dist_train.callbacks import Callback
 
 if TYPE_CHECKING:
+    from dist_train.objectives import Turn
     from dist_train.trainer import Trainer
 
 SLOW, SLOW_AFTER = 0.5, 5.0
@@ -31,17 +32,18 @@ class Journal(Callback):
     def run_begins(self, run: Trainer) -> None:
         self.window = self.last = time.perf_counter()
         self.window_step = run.step
-        run.data_wait = 0.0
+        self.waited = run.heartbeat.spent["data"]
+
+    def turn_ends(self, run: Trainer, turn: Turn) -> None:
+        run.log(run.named(turn.player, "gradient_norm"), run.engines[turn.player].norm)
 
     def step_ends(self, run: Trainer) -> None:
-        for player in run.losses:
-            engine = run.engines[player]
-            run.log(run.named(player, "gradient_norm"), engine.norm, 1.0)
         if not (run.every(self.every) or run.is_last or run.row):
             return
         means = run.meter.flush(run.world)
         now = time.perf_counter()
         run.seconds += now - self.last
+        waited = run.heartbeat.spent["data"]
         elapsed = max(now - self.window, 1e-9)
         rate = (run.step - self.window_step) / elapsed
         row: dict[str, Any] = {
@@ -57,7 +59,7 @@ class Journal(Callback):
             **run.scalars,
             "samples_per_second": round(rate * run.global_batch, 3),
             **self._tokens(run, rate),
-            "data_wait": round(min(1.0, run.data_wait / elapsed), 4),
+            "data_wait": round(min(1.0, (waited - self.waited) / elapsed), 4),
             "memory_mb": round(peak_memory(run.world.device) / 2**20, 1),
             **{
                 run.named(player, name): value
@@ -78,7 +80,7 @@ class Journal(Callback):
                 run.step,
                 run.recipe.data.workers,
             )
-        self.window, self.last, self.window_step, run.data_wait = now, now, run.step, 0.0
+        self.window, self.last, self.window_step, self.waited = now, now, run.step, waited
         run.row = {}
         if run.world.is_main:
             run.directory.append_row(row)

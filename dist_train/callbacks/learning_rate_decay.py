@@ -27,7 +27,11 @@ class LearningRateDecay(Scheduled):
         super().__init__(schedule, warmup, "learning_rate_decay.schedule")
         self.players = players
 
+    def run_begins(self, run: Trainer) -> None:
+        super().run_begins(run)
+        optimizers = run.recipe.optimizers
+        self.rates = {p: optimizers[p]["learning_rate"] for p in self.players or run.engines}
+
     def _apply(self, run: Trainer, factor: float) -> None:
-        for player in self.players or run.engines:
-            rate = run.recipe.optimizers[player]["learning_rate"]
+        for player, rate in self.rates.items():
             run.engines[player].set_learning_rate(rate * factor)

@@ -41,7 +41,8 @@ class Samples(Callback):
         if not (run.every(self.every) or run.is_last):
             return
         networks = run.view(self.weights_of)
-        with torch.no_grad(), randomness.at(run.seed, 0, randomness.EVALUATION, 0):
+        randomness.reseed(run.seed, 0, randomness.EVALUATION, 0)
+        with torch.no_grad():
             drawn = run.objective.samples(networks, self.count, run.world.device)
         if not drawn and run.world.is_main:
             logging.getLogger(__name__).warning(

@@ -90,16 +90,17 @@ class Engine(ABC):
         """Start the step's turn number `index`, with no gradients and the buffers as they are."""
         self._keeper.begin()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Take the gradients of one micro-batch's loss (already weighted by its share of the global batch)."""
+    def backward(self, loss: Tensor, share: float | Tensor = 1.0, *, last: bool) -> None:
+        """Take the gradients of one micro-batch's loss, times its share of the global batch."""
         if self.loss_scale:
             self._last_loss = loss.detach()
-            loss = loss * self.loss_scale.value
+            share = share * self.loss_scale.value
         if self.given:
             leaves = list(self.views.leaves.values())
-            self._add_given(torch.autograd.grad(loss, leaves, allow_unused=True))
+            seed = constant_like(loss, share)
+            self._add_given(torch.autograd.grad(loss, leaves, seed, allow_unused=True))
         else:
-            self._stream(loss, last)
+            self._stream(loss, share, last)
         self._keeper.after_micro_batch(last)
 
     @abstractmethod
@@ -226,7 +227,7 @@ class Engine(ABC):
     @abstractmethod
     def _live(self, network: str, *inputs: Any) -> Any: ...
     @abstractmethod
-    def _stream(self, loss: Tensor, last: bool) -> None: ...
+    def _stream(self, loss: Tensor, share: float | Tensor, last: bool) -> None: ...
     @abstractmethod
     def _add_given(self, gradients: Iterable[Tensor | None]) -> None: ...
     @abstractmethod
@@ -237,6 +238,11 @@ class Engine(ABC):
     def _states(self) -> Iterator[dict[str, Any]]: ...
     @abstractmethod
     def _gather_weights(self) -> dict[str, Tensor]: ...
+
+
+def constant_like(loss: Tensor, value: float | Tensor) -> Tensor:
+    """The gradient that a backward starts with; a tensor stays on its device, so that nobody waits for it."""
+    return value.to(loss) if isinstance(value, Tensor) else torch.full_like(loss, value)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.buckets import Buckets
-from dist_train.engine.base import Engine, OptimizerMaker, Slice, materialise
+from dist_train.engine.base import Engine, OptimizerMaker, Slice, constant_like, materialise
 from dist_train.networks import Player
 from dist_train.world import World
 
@@ -63,12 +63,12 @@ class PlainEngine(Engine):
     def _publish(self) -> None: ...  # the weights are the live ones
 
     def _live(self, network: str, *inputs: Any) -> Any:
-        return self.player(network, *inputs)
+        return self.player.forward(network, *inputs)
 
-    def _stream(self, loss: Tensor, last: bool) -> None:
+    def _stream(self, loss: Tensor, share: float | Tensor, last: bool) -> None:
         if self._buckets:
             self._buckets.launch_when_ready = last
-        loss.backward()
+        loss.backward(constant_like(loss, share))
 
     def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
         for parameter, gradient in zip(self.trained.values(), gradients, strict=True):
@@ -79,7 +79,6 @@ class PlainEngine(Engine):
             else:
                 parameter.grad.add_(gradient)
 
-    @torch.no_grad()
     def _update(self) -> bool:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norms = torch._foreach_norm(self._buckets.flat if self._buckets else gradients)
@@ -94,7 +93,7 @@ class PlainEngine(Engine):
             divisor = torch.full_like(norm, self.loss_scale.value)
         self.norm = norm
         if self._clip_norm is not None:
-            excess = ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+            excess = (norm + 1e-6).div_(self._clip_norm).clamp_(min=1.0)
             divisor = excess if divisor is None else divisor * excess
         in_the_kernel = self._divides_by_scale and self._clip_value is None
         if divisor is not None and not in_the_kernel:

@@ -144,11 +144,11 @@ def _for_each_tensor(output: Any, function: Callable[[Tensor], None]) -> None:
 
 
 def _refuse_double_backward(output: Tensor) -> None:
-    if output.requires_grad:
-        output.register_hook(_check_single_backward)
+    if output.grad_fn is not None:
+        output.grad_fn.register_prehook(_check_single_backward)
 
 
-def _check_single_backward(gradient: Tensor) -> None:
+def _check_single_backward(gradients: tuple[Tensor | None, ...]) -> None:
     if torch.is_grad_enabled():  # within backward this is so only under create_graph=True
         raise UserError(
             "objective: a gradient of a gradient was asked of a player whose gradients are streamed;"

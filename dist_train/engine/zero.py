@@ -84,7 +84,7 @@ class ZeroEngine(Engine):
                 # whose gradient is the one given; every parameter has a part in it, also one that only other
                 # ranks used: DeepSpeed needs the same gradients in the same order on every rank
                 surrogate = [(p * (0.0 if g is None else g)).sum() for p, g in pairs]
-                self._stream(torch.stack(surrogate).sum(), last=True)
+                self._stream(torch.stack(surrogate).sum(), 1.0, last=True)
             return
         if self._turn not in self._orders:
             orders = self.world.gather(self._came)
@@ -111,8 +111,8 @@ class ZeroEngine(Engine):
     def _live(self, network: str, *inputs: Any) -> Any:
         return self.engine(network, *inputs)
 
-    def _stream(self, loss: Tensor, last: bool) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+    def _stream(self, loss: Tensor, share: float | Tensor, last: bool) -> None:
+        self.engine.backward(loss * share, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the micro-batch; it updates nothing before the last
 
