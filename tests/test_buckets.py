@@ -119,6 +119,6 @@ def test_what_is_wrong_with_a_bucket_is_said(places: tuple[Path, str], tmp_path:
         client.pipe(f"bucket/pets/set/{name}", whole)
     assert shards.sample(12)["label"] == 0
     table = sidecar(Path(shards.shards[3].file)).name
-    with pytest.raises(UserError, match="index.json: there is no such file .*shards index FOLDER"):
+    with pytest.raises(UserError, match=r"index.json: there is no such file .*shards index FOLDER"):
         Shards.remote(Bucket(f"{protocol}://bucket/none", bucket.cache), "train")
     assert bucket.table(shards.shards[3], (folder / table).stat().st_size).is_file()
