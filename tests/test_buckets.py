@@ -107,10 +107,10 @@ def test_what_is_wrong_with_a_bucket_is_said(places: tuple[Path, str], tmp_path:
     try:
         whole = (folder / name).read_bytes()
         client.pipe(f"bucket/pets/set/{name}", whole[:-1] + b"x")
-        with pytest.raises(UserError, match=f"{name}: given up after 2 attempts: .*SHA-256"):
+        with pytest.raises(UserError, match=rf"{name}: given up after 2 attempts: .*SHA-256"):
             shards.sample(12)
         client.pipe(f"bucket/pets/set/{name}", whole[: len(whole) // 2])
-        with pytest.raises(UserError, match=f"{name}: given up after 2 attempts: .*ended after"):
+        with pytest.raises(UserError, match=rf"{name}: given up after 2 attempts: .*ended after"):
             shards.sample(12)
         client.rm(f"bucket/pets/set/{name}")
         with pytest.raises(UserError, match=f"{name}: there is no such file"):
