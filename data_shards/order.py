@@ -125,14 +125,15 @@ class _Windows:
 
     def __init__(self, order: Order, epoch: int, bounds: np.ndarray) -> None:
         starts = np.sort(np.concatenate([order._starts, bounds[:-1]]), kind="stable")
-        stream = np.searchsorted(bounds, starts, "right") - 1
-        key = round_keys(order.seed, epoch, "shards")[0]
-        arranged = np.lexsort((scramble(np.arange(len(starts)).astype(U64) + key), stream))
+        firsts = np.searchsorted(starts, bounds[:-1])  # of each stream, its first piece
+        counts = np.diff(firsts, append=len(starts))
+        stream = np.repeat(np.arange(order.streams), counts)
+        number = np.arange(len(starts))
+        arranged = _arranged(number, stream, round_keys(order.seed, epoch, "shards")[0])
         lengths = np.diff(starts, append=order.size)[arranged]
         self.pieces = np.cumsum(lengths) - lengths  # the first place of each
         self.first_ids = starts[arranged]
-        first = np.searchsorted(stream, stream)  # of each piece, the first of its stream
-        self.windows = self.pieces[(np.arange(len(starts)) - first) % order.window == 0]
+        self.windows = self.pieces[(number - firsts[stream]) % order.window == 0]
         self.sizes = np.diff(self.windows, append=order.size)
         self.keys = round_keys(order.seed, epoch)
 
@@ -143,6 +144,22 @@ class _Windows:
         places = low + permute(places - low, self.sizes[window], self.keys, window)
         piece = np.searchsorted(self.pieces, places, "right") - 1
         return self.first_ids[piece] + places - self.pieces[piece]
+
+
+def _arranged(numbers: np.ndarray, streams: np.ndarray, key: np.uint64) -> np.ndarray:
+    """The pieces `numbers`, stream by stream, within each in the order of a keyed hash.
+
+    One sort of 64-bit words, which is many times as fast as a sort by several keys: the stream, then the hash, and in
+    its lowest bits the number itself.
+    """
+    low = U64(len(numbers).bit_length())
+    high = U64(int(streams[-1]).bit_length())
+    own = numbers.astype(U64)
+    words = scramble(own + key) >> (high + low) << low | own
+    if high:
+        words |= streams.astype(U64) << (U64(64) - high)
+    words.sort()
+    return (words & ((U64(1) << low) - U64(1))).astype(np.int64)
 
 
 class Bootstrap:
