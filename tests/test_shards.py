@@ -478,7 +478,8 @@ def test_python_text_has_each_byte_once() -> None:
     splits: dict[str, set[str]] = {}
     targets = 0
     for split, key, fields in python_text(block=50).samples:
-        topic, _, _ = key.rpartition("-")
+        topic = key.removeprefix("topic/").rpartition("-")[0]
+        assert split == split_of(f"topic/{topic}")
         piece = fields["tokens.npy"].tobytes()
         assert 2 <= len(piece) <= 51
         if topic in texts:
@@ -486,14 +487,14 @@ def test_python_text_has_each_byte_once() -> None:
         texts[topic] = texts.get(topic, b"") + piece[1 if topic in texts else 0 :]
         splits.setdefault(topic, set()).add(split)
         targets += len(piece) - 1
-    assert texts == {topic: text.encode() for topic, text in topics.items()}
+    assert texts == {topic.replace(".", "_"): text.encode() for topic, text in topics.items()}
     assert targets == sum(len(text) - 1 for text in texts.values())
     assert all(len(found) == 1 for found in splits.values())
     sizes = Counter()
     for topic, text in texts.items():
         sizes[min(splits[topic])] += len(text)
-    assert sizes["train"] / sum(sizes.values()) == pytest.approx(0.8, abs=0.05)
-    assert min(sizes.values()) / sum(sizes.values()) > 0.06
+    assert sizes["train"] / sum(sizes.values()) == pytest.approx(0.8, abs=0.1)
+    assert min(sizes.values()) / sum(sizes.values()) > 0.05
 
 
 def test_text_files(tmp_path: Path) -> None:

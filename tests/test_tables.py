@@ -155,6 +155,28 @@ def test_a_web_dataset_is_packed_again(tmp_path: Path) -> None:
     assert samples(tmp_path / "c")["1"] == {"label": 1, "words": "1"}
 
 
+def test_splits_of_any_name_beside_train(tmp_path: Path) -> None:
+    """Folders, files and arrays; without a `train` beside them names tell nothing."""
+    for name, text in (("train", "0"), ("val-00000-of-00001", "1"), ("held_out-00000", "2")):
+        (tmp_path / f"{name}.csv").write_text(f"label\n{text}\n")
+        folder = tmp_path / "texts" / name.partition("-")[0]
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("a text")
+    wanted = {"train": 1, "validation": 1, "held_out": 1}
+    index = pack(tmp_path, tmp_path / "tables" / "out")
+    assert {split: index.samples(split) for split in index.splits} == wanted
+    index = pack(tmp_path / "texts", tmp_path / "out")
+    assert {split: index.samples(split) for split in index.splits} == wanted
+    arrays = {f"{what}_{split}": np.arange(4) for what in "xy" for split in ("train", "held_out")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    index = pack(tmp_path / "a.npz", tmp_path / "out-arrays")
+    assert {split: index.samples(split) for split in index.splits} == {"train": 4, "held_out": 4}
+    assert set(index.fields) == {"x.npy", "cls"}
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "held_out.csv").write_text("label\n0\n")
+    assert list(pack(tmp_path / "some", tmp_path / "out-some").splits) == [split_of("000000000")]
+
+
 def test_hugging_face_data_sets(tmp_path: Path, monkeypatch) -> None:
     """Saved in a folder: pictures as they are stored, class names, splits."""
     datasets = pytest.importorskip("datasets")

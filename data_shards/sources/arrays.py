@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.data_shards.indexing import SPLITS
 from dist_train.data_shards.sources.columns import LABELS, wanted
 from dist_train.data_shards.sources.idx import read_idx
 from dist_train.data_shards.sources.source import Source, name_of
-from dist_train.data_shards.sources.splits import DEFAULT, Sharing, split_in_name
+from dist_train.data_shards.sources.splits import DEFAULT, Sharing, splits_in_names
 from dist_train.data_shards.write import Row
 from dist_train.errors import UserError
 
@@ -44,15 +45,14 @@ def idx_files(path: str | Path, split: str = DEFAULT) -> Source:
 def numpy_files(path: str | Path, fields: str | None = None, split: str = DEFAULT) -> Source:
     """Arrays of an `.npz`, or `.npy` files of a folder, whose rows are samples: `x_train`, `y_train`, `x_test`, ...
 
-    A name may end in its split. `x` and `images` are the field `image` if they are bytes of 2 or 3 axes; `y`,
-    `labels` and `targets`, whole numbers, are `cls`; all others keep their names.
+    A name may end in its split; beside `x_train` that is any word after `x_`. `x` and `images` are the field `image` if
+    they are bytes of 2 or 3 axes; `y`, `labels` and `targets`, whole numbers, are `cls`; all others keep their names.
     """
     root = Path(path)
     parts: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in _arrays(root):
-        stem, _, last = name.rpartition("_")
-        part = split_in_name(last) if stem else None
-        parts.setdefault(part or "", {})[stem if part else name] = array
+    arrays = dict(_arrays(root))
+    for name, (stem, part) in _split_ends(list(arrays)).items():
+        parts.setdefault(part, {})[stem] = arrays[name]
     for part, arrays in parts.items():
         chosen = wanted(fields, list(arrays))
         renamed = {}
@@ -64,6 +64,21 @@ def numpy_files(path: str | Path, fields: str | None = None, split: str = DEFAUL
             renamed[_suffix(names[0], array) if plain else suffix] = array
         parts[part] = renamed
     return _source(root, parts, split)
+
+
+def _split_ends(names: list[str]) -> dict[str, tuple[str, str]]:
+    """{name: (what the array is, its split or "")}."""
+    found = {name: (name, "") for name in names}
+    stems = {
+        stem
+        for stem, _, last in (name.rpartition("_") for name in names)
+        if stem and last in SPLITS
+    }
+    for name in names:
+        for stem in stems:
+            if name.startswith(f"{stem}_"):
+                found[name] = stem, name.removeprefix(f"{stem}_")
+    return found
 
 
 def _arrays(root: Path) -> list[tuple[str, np.ndarray]]:
@@ -93,12 +108,14 @@ def _source(root: Path, parts: dict[str, dict[str, np.ndarray]], split: str) -> 
         if len(set(sizes.values())) > 1:
             raise UserError(f"{root}: '{part}' has arrays of different lengths: {sizes}")
 
+    told = splits_in_names(parts)
+
     def samples() -> Iterator[Row]:
         for part, arrays in parts.items():
             for i in range(len(next(iter(arrays.values())))):
                 key = f"{part}-{i:09d}" if part else f"{i:09d}"
                 values = {suffix: array[i] for suffix, array in arrays.items()}
-                yield split_in_name(part) or sharing(key), key, values
+                yield told[part] or sharing(key), key, values
 
     total = sum(len(next(iter(arrays.values()))) for arrays in parts.values())
     return Source(name_of(root), samples(), str(root), "as given by its owner", total=total)

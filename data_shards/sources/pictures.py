@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_train.data_shards.sources.source import Source, folder_of, key_of, name_of
-from dist_train.data_shards.sources.splits import DEFAULT, Sharing, split_folder
+from dist_train.data_shards.sources.splits import DEFAULT, Sharing, SplitFolders
 from dist_train.data_shards.write import Row
 from dist_train.errors import UserError
 
@@ -14,7 +14,7 @@ PICTURE_FILES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
 
 def image_folder(path: str | Path, split: str = DEFAULT) -> Source:
-    """Pictures in folders named after their class; those may stand in `train`, `validation`, `test` folders.
+    """Pictures in folders named after their class; those may stand in folders of splits (`train`, ...).
 
     Files are kept as they are. Where formats are mixed all take the suffix of the first (readers go by the content).
     """
@@ -23,7 +23,8 @@ def image_folder(path: str | Path, split: str = DEFAULT) -> Source:
     if not files:
         raise UserError(f"{root}: no pictures ({', '.join(PICTURE_FILES)}) in it")
     suffix = PICTURE_FILES[files[0].suffix.lower()]
-    places = [(file, *split_folder(root, file)) for file in files]
+    split_folder = SplitFolders(root)
+    places = [(file, *split_folder(file)) for file in files]
     for file, _, inner in places:
         if len(inner.parts) < 2:
             raise UserError(f"{file}: must be in a folder that names its class")

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_train.data_shards.sources.columns import LABELS, Field, wanted
 from dist_train.data_shards.sources.source import Source, name_of
-from dist_train.data_shards.sources.splits import DEFAULT, Sharing, split_folder, split_in_name
+from dist_train.data_shards.sources.splits import DEFAULT, Sharing, SplitFolders, splits_in_names
 from dist_train.data_shards.write import Row
 from dist_train.errors import UserError
 
@@ -33,11 +33,13 @@ def tables(
     """
     root = Path(path)
     files = [root] if root.is_file() else sorted(root.rglob("*"))
+    files = [file for file in files if file.suffix.lower() in TABLE_FILES]
+    names = splits_in_names(file.stem for file in files)
+    folders = None if root.is_file() else SplitFolders(root)
     parts: list[Part] = []
     for file in files:
-        if file.suffix.lower() in TABLE_FILES:
-            told = None if file == root else split_folder(root, file)[0]
-            parts.append((told or split_in_name(file.name), file, _open(file)))
+        told = folders(file)[0] if folders else None
+        parts.append((told or names[file.stem], file, _open(file)))
     if not parts:
         raise UserError(f"{root}: no tables ({', '.join(TABLE_FILES)}) in it")
     return table_source(

@@ -9,7 +9,7 @@ import numpy as np
 
 from dist_train.data_shards import tokens as tokenizers
 from dist_train.data_shards.sources.source import Source, folder_of, key_of, name_of
-from dist_train.data_shards.sources.splits import DEFAULT, Sharing, split_folder
+from dist_train.data_shards.sources.splits import DEFAULT, Sharing, SplitFolders
 from dist_train.data_shards.write import Row
 from dist_train.errors import UserError
 
@@ -26,7 +26,7 @@ def text_files(
     join: bool = False,
     split: str = DEFAULT,
 ) -> Source:
-    """Text files as pieces of tokens, from `train`, `validation`, `test` folders, else shared out by name.
+    """Text files as pieces of tokens, from folders of splits (`train`, ...), else shared out by name.
 
     A single file is cut in the proportions of `split`, in that order. See `token_source` for the options.
     """
@@ -39,9 +39,9 @@ def text_files(
         files = sorted(file for file in root.rglob("*") if file.suffix.lower() in TEXT_FILES)
         if not files:
             raise UserError(f"{root}: no text files ({', '.join(TEXT_FILES)}) in it")
-        documents = []
+        documents, split_folder = [], SplitFolders(root)
         for file in files:
-            own, inner = split_folder(root, file)
+            own, inner = split_folder(file)
             key = key_of(inner)
             documents.append((own or sharing(key), key, file.read_bytes()))
     return token_source(
