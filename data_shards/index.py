@@ -48,12 +48,17 @@ class LeftOut:
     samples: int | None
     reason: str
 
+    def __str__(self) -> str:
+        count = "an unknown number of" if self.samples is None else str(self.samples)
+        return f"{count} samples of {self.file} ({self.reason})"
+
 
 @dataclass
 class Index:
     """All that `index.json` says.
 
-    `tokens` counts targets: a piece of n tokens has n - 1. `tokenizer` is the SHA-256 of `tokenizer.json`.
+    `tokens` counts targets: a piece of n tokens has n - 1. `tokenizer` is the SHA-256 of `tokenizer.json`. `decoded`:
+    every sample was read when the index was made.
     """
 
     name: str
@@ -67,21 +72,28 @@ class Index:
     licence: str = ""
     tokenizer: str | None = None
     left_out: list[LeftOut] = field(default_factory=list)
+    decoded: bool = False
     version: int = VERSION
 
     @classmethod
-    def load(cls, folder: str | Path) -> Index:
-        """Read the index of `folder`, making it first where there is none; every tar must have the size it names."""
-        folder = Path(folder)
-        if not (folder / "index.json").is_file():
-            from dist_train.data_shards.indexing import index_shards
+    def load(cls, folder: str | Path, on_damage: str = "stop") -> Index:
+        """Read the index of `folder`, making it first where there is none; every tar must have the size it names.
 
-            return index_shards(folder)
-        index = cls.read(folder)
-        problems = index.misfits(folder)
-        if problems:
-            raise UserError(f"{problems[0]} (if that is meant: dist-train shards index {folder})")
-        return index
+        With `on_damage` "skip" it must be of samples each of which was read: else a new one is made, once, that leaves
+        out what is damaged.
+        """
+        folder = Path(folder)
+        if (folder / "index.json").is_file():
+            index = cls.read(folder)
+            problems = index.misfits(folder)
+            if not problems and (index.decoded or on_damage == "stop"):
+                return index
+            if on_damage == "stop":
+                again = f"dist-train shards index {folder}"
+                raise UserError(f"{problems[0]} (if that is meant: {again})")
+        from dist_train.data_shards.indexing import first_index
+
+        return first_index(folder, on_damage)
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -149,6 +161,8 @@ class Index:
                 found.append(f"{path}: is a link; shards are plain files")
             elif size != shard.bytes:
                 found.append(f"{path}: has {size} bytes, {shard.bytes} when it was indexed")
+        for lost in self.left_out:  # of some nothing was whole
+            sizes.pop(lost.file, None)
         return found + [f"{folder / name}: not in index.json" for name in sorted(sizes)]
 
     def to_json(self) -> str:
@@ -167,6 +181,8 @@ class Index:
         for spec in values["fields"].values():
             if not spec["raw"]:
                 del spec["raw"]
+        if not values["decoded"]:
+            del values["decoded"]
         return values
 
     def describe(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dist_train.data_shards import decode, packed, tar, tokens
 from dist_train.data_shards.index import Field, Index, LeftOut, Shard, sha256, sidecar
-from dist_train.data_shards.publish import publish
+from dist_train.data_shards.publish import alone, publish
 from dist_train.data_shards.survey import survey, undecodable
 from dist_train.errors import UserError, nearest
 
@@ -103,6 +103,18 @@ def index_shards(
     )
 
 
+def first_index(folder: Path, on_damage: str) -> Index:
+    """Make the index that a reader misses: one process of this folder at a time, the others take what it made."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of shards")
+    with alone(folder):
+        if (folder / "index.json").is_file():
+            index = Index.read(folder)
+            if not index.misfits(folder) and (index.decoded or on_damage == "stop"):
+                return index
+        return index_shards(folder, on_damage=on_damage, decode_all=on_damage == "skip")
+
+
 def finish_index(
     folder: Path,
     suffixes: list[str],
@@ -130,6 +142,7 @@ def finish_index(
         licence=facts.licence,
         tokenizer=sha256(folder / tokens.FILE) if (folder / tokens.FILE).is_file() else None,
         left_out=left_out or [],
+        decoded=decode_all,
     )
     if decode_all:
         _leave_out(folder, index, strict=left_out is None)

@@ -156,14 +156,15 @@ def key_of(path: Path, row: list[int]) -> str:
     found = np.flatnonzero((rows.reshape(len(rows), -1) == row).all(1))
     if not len(found):
         raise UserError(f"{path}: has no such sample: the shard is not the one indexed")
-    return _keys(path)[int(found[0])]
+    return keys(path)[int(found[0])]
 
 
-def _keys(path: Path) -> list[str]:
-    keys: list[str] = []
+def keys(path: Path) -> list[str]:
+    """The keys of a packed shard's samples, in order."""
+    found: list[str] = []
     with path.open("rb") as file:
         for _, suffix, offset, size in tar.members(path):
             if suffix == KEYS:
                 file.seek(offset)
-                keys += file.read(size).decode().splitlines()
-    return keys
+                found += file.read(size).decode().splitlines()
+    return found

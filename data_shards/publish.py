@@ -51,6 +51,22 @@ def published(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder; the lock ends with its process."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror} (its index can be made before: dist-train shards index {folder})"
+        ) from error
+
+
 def _locked(folder: Path) -> int:
     """The folder, made where it is missing, opened and locked: the lock ends with the process."""
     while True:

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from dist_train.data_shards.assembler import Transform
 from dist_train.data_shards.cache import Cache
+from dist_train.data_shards.index import Index
 from dist_train.data_shards.loader import MicroBatch, training_batches
 from dist_train.data_shards.order import Bootstrap, Ordering
 from dist_train.data_shards.reader import Shards
@@ -32,6 +33,7 @@ class ShardLoader(IterableDataset):
             recipe's `data`.
         rank, world_size: by default those of torch.distributed, if it is initialised.
         shuffle, window, streams: see `Order`. bootstrap: draw with replacement, by this seed.
+        on_damage: "skip" leaves what is damaged out of the index of a folder, see `Index.load`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ShardLoader(IterableDataset):
         window: int = 16,
         streams: int | str = "auto",
         bootstrap: int | None = None,
+        on_damage: str = "stop",
         index: str = "",
         cache: str | Path = "~/.cache/dist-train/shards",
         cache_size: str = "64 GiB",
@@ -68,7 +71,7 @@ class ShardLoader(IterableDataset):
             kept = Cache(Path(cache).expanduser(), bytes_of(cache_size))
             self.shards = Shards.remote(Bucket(str(path), kept, index), split)
         else:
-            self.shards = Shards(path, split)
+            self.shards = Shards(path, split, Index.load(path, on_damage))
         order: Ordering = self.shards.order(
             seed, global_batch, shuffle=shuffle, window=window, streams=streams
         )

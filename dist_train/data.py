@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ class RunData:
     def __init__(self, recipe: Recipe, world: World) -> None:
         data = recipe.data
         opened = {name: _open(recipe, stream, stream.split) for name, stream in data.named.items()}
+        if world.rank == 0:
+            _tell_what_is_left_out(opened)
         streams = {}
         for (name, shards), (settings, where) in zip(opened.items(), data.located(), strict=True):
             seed = derived(recipe.seed, name)
@@ -153,15 +157,24 @@ def _bucket(recipe: Recipe, source: Source) -> Bucket:
 
 
 def _open(recipe: Recipe, stream: Settings, split: str) -> Shards | Together:
-    parts = [
-        Shards.remote(_bucket(recipe, source), split)
-        if source.is_remote
-        else Shards(_folder(recipe, source), split)
-        for source in stream.origins
-    ]
+    parts = [_part(recipe, source, split) for source in stream.origins]
     if stream.sources is None:
         return parts[0]
     return Together(parts, [source.weight for source in stream.sources])
+
+
+def _tell_what_is_left_out(opened: dict[str, Shards | Together]) -> None:
+    parts = [getattr(shards, "parts", [shards]) for shards in opened.values()]
+    for part in dict.fromkeys(itertools.chain.from_iterable(parts)):
+        for lost in part.index.left_out:
+            logging.getLogger("dist_train").warning("data: left out: %s", lost)
+
+
+def _part(recipe: Recipe, source: Source, split: str) -> Shards:
+    if source.is_remote:
+        return Shards.remote(_bucket(recipe, source), split)
+    folder = _folder(recipe, source)
+    return Shards(folder, split, Index.load(folder, source.on_damage))
 
 
 def _order(settings: Settings, shards: Shards | Together, seed: int, recipe: Recipe) -> Ordering:

@@ -40,6 +40,10 @@ class Origin(Section):
         description="a folder or address: where the index of a remote path stands",
     )
     options: dict[str, Any] = Field(default={}, description="a mapping of the source's arguments")
+    on_damage: Literal["stop", "skip"] = Field(
+        "stop",
+        description="stop, or skip: leave what is damaged out of the index of a folder, and count it",
+    )
 
     @property
     def is_remote(self) -> bool:
@@ -61,6 +65,10 @@ class Origin(Section):
         if self.index is not None and not self.is_remote:
             raise UserError(
                 f"index: got {short(self.index)}, expected none: the index of a folder stands in it"
+            )
+        if self.on_damage == "skip" and self.is_remote:
+            raise UserError(
+                "on_damage: got skip, expected stop for an address: what is damaged is left out where the index is made"
             )
         if self.path is not None and self.options:
             raise UserError(
@@ -129,7 +137,12 @@ class Stream(Origin):
             return self.sources
         return [
             Source(
-                name=self.name, path=self.path, index=self.index, options=self.options, weight=1.0
+                name=self.name,
+                path=self.path,
+                index=self.index,
+                options=self.options,
+                on_damage=self.on_damage,
+                weight=1.0,
             )
         ]
 
@@ -137,8 +150,10 @@ class Stream(Origin):
         """Whether its settings agree with each other and with the batch."""
         if self.sources is None:
             self.check_origin()
-        elif self.name is not None or self.path is not None or self.options:
-            raise UserError("sources: given together with name, path or options, expected one")
+        elif self.name or self.path or self.options or self.on_damage != "stop":
+            raise UserError(
+                "sources: given together with name, path, options or on_damage, expected those in each of them"
+            )
         if self.streams == "auto":
             pass
         elif self.streams < 1 or global_batch % self.streams:

@@ -121,11 +121,6 @@ def _described(path: Path, made: Any) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in made.shards()),
         **made.describe(),
         "licence": made.licence,
-        **({"left_out": [_lost(lost) for lost in made.left_out]} if made.left_out else {}),
+        **({"left_out": [str(lost) for lost in made.left_out]} if made.left_out else {}),
         "fingerprint": made.fingerprint,
     }
-
-
-def _lost(lost: Any) -> str:
-    count = "an unknown number of" if lost.samples is None else str(lost.samples)
-    return f"{count} samples of {lost.file} ({lost.reason})"

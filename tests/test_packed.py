@@ -9,6 +9,7 @@ from dist_train.data_shards.decode import decode_npy
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import check, index_shards
 from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.sources import pack
 from dist_train.data_shards.write import split_of, write_shards
 from dist_train.errors import UserError
 
@@ -79,6 +80,22 @@ def test_packed_shards_are_indexed_again_and_checked(both: tuple[Path, Path]) ->
     index = index_shards(packed, on_damage="skip")
     assert 0 < index.samples("train") == before.samples("train") - index.left_out[0].samples
     assert Shards(packed, "train").sample(0)["y"] == Shards(both[0], "train").sample(0)["y"]
+
+
+def test_packed_shards_are_packed_again(both: tuple[Path, Path], tmp_path: Path) -> None:
+    """One by one, and in blocks of another size: the same samples, class names and licence."""
+    write_shards(tmp_path / "a", "set", rows(), records=8, classes=["a", "b", "c"], licence="MIT")
+    assert index_shards(tmp_path / "a") == Index.load(tmp_path / "a")
+    plain, _ = both
+    for records in (0, 5):
+        again = pack(tmp_path / "a", tmp_path / f"again-{records}", records=records)
+        assert (again.classes, again.licence) == (["a", "b", "c"], "MIT")
+        for split in again.splits:
+            ours, theirs = Shards(tmp_path / f"again-{records}", split), Shards(plain, split)
+            for i in range(len(theirs)):
+                one, other = ours.sample(i), theirs.sample(i)
+                assert ours.key(i) == theirs.key(i) and one.keys() == other.keys()
+                assert all(np.array_equal(one[name], other[name]) for name in other)
 
 
 def test_webdataset_reads_packed(both: tuple[Path, Path]) -> None:

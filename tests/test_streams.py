@@ -1,6 +1,7 @@
 """Mixtures, several named streams and bootstraps as recipes have them: exact on any ranks, from any step."""
 
 import json
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from dist_train.data import RunData, evaluation_batches
+from dist_train.data_shards.index import Index
+from dist_train.data_shards.indexing import check
 from dist_train.data_shards.mixture import Together
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.write import write_shards
@@ -57,6 +60,56 @@ def steps(recipe: Recipe, ranks: int = 1, start: int = 0) -> list[list]:
     """The micro-batches of steps [start, 10), of all ranks put together."""
     parts = [dict(RunData(recipe, world(r, ranks)).batches.from_(start, 10)) for r in range(ranks)]
     return [[micro for part in parts for micro in part[step]] for step in range(start, 10)]
+
+
+def test_a_recipe_leaves_out_what_is_damaged(tmp_path: Path, caplog) -> None:
+    """A page instead of a shard, a truncated one, one whose labels are wrong: counted, and the same on any ranks."""
+    write(tmp_path / "set", 40, 0)
+    tars = sorted((tmp_path / "set").glob("set-train-*.tar"))
+    good = Shards(tmp_path / "set", "train")
+    assert len(tars) > 3
+    tars[0].write_bytes(b"<html>please log in</html>" * 99)
+    content = tars[1].read_bytes()
+    tars[1].write_bytes(content[: len(content) // 2])
+    _, places = good._places(np.array([good.sizes[:2].sum() + 1]))
+    label = int(places[0, 0, 0])
+    content = tars[2].read_bytes()
+    tars[2].write_bytes(content[:label] + b"x" + content[label + 1 :])
+    with pytest.raises(UserError, match=r"set-train-000000.tar.*when it was indexed.*shards index"):
+        steps(recipe(tmp_path, path="set"))
+    skip = recipe(tmp_path, path="set", on_damage="skip")
+    with caplog.at_level("WARNING", logger="dist_train"):
+        one = steps(skip)
+    index = Index.read(tmp_path / "set")
+    assert sum(lost.samples for lost in index.left_out) == len(good) - index.samples("train") > 1
+    assert {lost.file for lost in index.left_out} == {path.name for path in tars[:3]}
+    assert [line for line in caplog.messages if "1 samples of set-train-000002.tar" in line]
+    for ranks, start in ((2, 3), (3, 0)):
+        for ours, theirs in zip(steps(skip, ranks, start), one[start:], strict=True):
+            assert [micro.ids.tolist() for micro in ours] == [
+                micro.ids.tolist() for micro in theirs
+            ]
+            assert all(
+                torch.equal(a["image"], b["image"]) for a, b in zip(ours, theirs, strict=True)
+            )
+    assert Index.read(tmp_path / "set") == index
+    with pytest.raises(UserError, match="on_damage: got skip, expected stop for an address"):
+        recipe(tmp_path, path="s3://bucket/set", on_damage="skip")
+
+
+def test_one_process_of_many_makes_the_index(tmp_path: Path) -> None:
+    write(tmp_path / "set", 40, 0)
+    path = min((tmp_path / "set").glob("set-train-*.tar"))
+    path.write_bytes(path.read_bytes()[:2048])
+    with get_context("fork").Pool(4) as pool:
+        prints = pool.map(_first_look, [tmp_path / "set"] * 8, chunksize=1)
+    assert len(set(prints)) == 1 and check(tmp_path / "set") == []
+
+
+def _first_look(folder: Path) -> str:
+    index = Index.load(folder, on_damage="skip")
+    Shards(folder, "train", index).columns(("image",), np.arange(index.samples("train")))
+    return index.fingerprint
 
 
 FORMS = {

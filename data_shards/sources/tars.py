@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from dist_train.data_shards import tar
+from dist_train.data_shards import decode, packed, tar, tokens
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import in_order, split_names
 from dist_train.data_shards.sources.columns import wanted
@@ -27,20 +28,14 @@ def web_dataset(path: str | Path, fields: str | None = None) -> Source:
         splits.update({shard.file: split for shard in shards})
 
     def samples() -> Iterator[Row]:
-        suffixes: list[str] | None = None
         chosen: dict[str, list[str]] = {}
         for file in paths:
-            suffixes, table = tar.scan(file, suffixes)
-            assert suffixes is not None
-            chosen = chosen or wanted(fields, suffixes)
-            with file.open("rb") as content:
-                for key, row in zip(tar.keys(file), table, strict=True):
-                    found = {}
-                    for suffix, (offset, size) in zip(suffixes, row.tolist(), strict=True):
-                        content.seek(offset)
-                        found[suffix] = content.read(size)
-                    kept = {to.removeprefix("="): found[of[0]] for to, of in chosen.items()}
-                    yield splits[file.name], key, kept
+            for key, found in _samples(file):
+                chosen = chosen or wanted(fields, list(found))
+                if not {of[0] for of in chosen.values()} <= set(found):
+                    raise UserError(f"{file}: sample '{key}' has {list(found)}, others {chosen}")
+                kept = {to.removeprefix("="): found[of[0]] for to, of in chosen.items()}
+                yield splits[file.name], key, kept
 
     if not paths:
         raise UserError(f"{root}: no .tar files in it")
@@ -55,4 +50,25 @@ def web_dataset(path: str | Path, fields: str | None = None) -> Source:
         None if numbered else index.classes,
         index.vocabulary,
         total=sum(shard.samples for shard in index.shards()),
+        tokenizer=tokens.load(root) if index.tokenizer else None,
     )
+
+
+def _samples(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, {suffix: value}) of each sample of a tar, also of those that stand in blocks."""
+    suffixes, table = tar.scan(file)
+    assert suffixes is not None
+    keys, elements = tar.keys(file), packed.Elements()
+    if packed.is_packed(file):
+        suffixes, table, elements = packed.expand(file, suffixes, table)
+        keys = iter(packed.keys(file))
+    with file.open("rb") as content:
+        for key, row in zip(keys, table, strict=True):
+            found: dict[str, Any] = {}
+            for suffix, (offset, size) in zip(suffixes, row.tolist(), strict=True):
+                content.seek(offset)
+                found[suffix] = content.read(size)
+                if suffix in elements:
+                    array = decode.decode_elements(memoryview(found[suffix]), *elements[suffix])
+                    found[suffix] = int(array) if suffix == "cls" else array
+            yield key, found
