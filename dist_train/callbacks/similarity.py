@@ -82,7 +82,8 @@ class Similarity(Callback):
         for player, engine in run.engines.items():
             for name in run.recipe.networks[player]:
                 calls[name] = engine.views.observed(name, seen, evaluating=True)
-        with torch.no_grad(), randomness.at(run.seed, run.step, randomness.EVALUATION, 0):
+        randomness.reseed(run.seed, run.step, randomness.EVALUATION, 0)
+        with torch.no_grad():
             run.objective.evaluate(Networks(calls), micro)
         if "label" in micro.tensors:
             order = micro["label"][: micro.real].argsort(stable=True).cpu()
