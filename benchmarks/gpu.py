@@ -1,6 +1,6 @@
 """What one GPU does with our trainer: rates, MFU, memory and host gap, each beside a raw torch loop in the same run.
 
-    python benchmarks/gpu.py [--out gpu.json] [--minutes 10] [--device cuda] [--small] [--json]
+    python benchmarks/gpu.py [--out gpu.json] [--minutes 10] [--device cuda] [--only gpt2-124m] [--small] [--json]
 
 It needs torch and this package, no data and no network. First the card's own limits: matrix products, its memory,
 copies from the host. Then GPT-2 124M (T 1024), a 1.3 B Transformer (T 2048), ResNet-50 and DCGAN-64 in bf16: rounds
@@ -237,7 +237,7 @@ def fresh_networks(work: Workload, bench: Bench) -> dict[str, nn.Module]:
 def workloads(small: bool, compiled: bool) -> Iterator[Workload]:
     """The four, or their miniatures."""
     for name, size, batch in (
-        ("gpt2-124m", {"dim": 768, "depth": 12, "num_heads": 12, "max_length": 1024}, 32),
+        ("gpt2-124m", {"dim": 768, "depth": 12, "num_heads": 12, "max_length": 1024}, 64),
         ("gpt-1.3b", {"dim": 2048, "depth": 24, "num_heads": 16, "max_length": 2048}, 4),
     ):
         vocabulary = 50304
@@ -255,7 +255,7 @@ def workloads(small: bool, compiled: bool) -> Iterator[Workload]:
         yield Workload(
             name,
             {"name": "transformer", "vocab_size": vocabulary, **size},
-            {"name": "language_modelling", "chunk": 32 if small else 8192},
+            {"name": "language_modelling", "chunk": batch * length},
             {"name": "adamw", "learning_rate": 1e-4},
             batch,
             tokens,
@@ -462,6 +462,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="the one workload to measure")
     parser.add_argument("--small", action="store_true", help="miniatures, to see that it runs")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
@@ -480,6 +481,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for work in workloads(arguments.small, compiled=on_gpu):
+            if arguments.only not in ("", work.name):
+                continue
             if time.monotonic() > until:
                 found[work.name] = {"left_out": f"the {arguments.minutes:g} minutes were over"}
             else:

@@ -17,7 +17,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
     """Hidden (N, C), head (V, C), targets (N,) int64 -> losses (N,) fp32, `chunk` positions at a time.
 
     Equal to `F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")`, gradients too; backward
-    computes the logits again, one product more. Raises ValueError for a chunk below 1.
+    computes the logits again, one product more. A chunk that holds all N positions keeps them instead: no memory is
+    saved, but a compiled model has the loss in its graph, which is faster. Raises ValueError for a chunk below 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")
@@ -26,7 +27,13 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
         kind = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(kind), weight.to(kind)
     with torch.autocast(device, enabled=False):
+        if chunk >= len(hidden):
+            return _losses(hidden, weight, targets)
         return _Chunked.apply(hidden, weight, targets, chunk)
+
+
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
 class _Chunked(torch.autograd.Function):
@@ -35,7 +42,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
         losses = [
-            F.cross_entropy(F.linear(part, weight).float(), truth, reduction="none")
+            _losses(part, weight, truth)
             for part, truth in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         return torch.cat(losses)

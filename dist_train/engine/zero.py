@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,9 +45,9 @@ class ZeroEngine(Engine):
             world.broadcast_(buffer.data)
         optimizer = make(groups(list(self.trained.items())))
         optimizer.register_step_pre_hook(self._clamp_owned_gradients)
-        gpu = torch.device(world.device).index  # not LOCAL_RANK where ranks share a GPU
+        if world.device != "cpu":  # it takes this for the GPU's index, which ranks may share
+            os.environ["LOCAL_RANK"] = str(torch.device(world.device).index)
         self.engine, *_ = deepspeed.initialize(
-            args=None if gpu is None else SimpleNamespace(device_rank=gpu),
             model=player,
             optimizer=optimizer,
             dist_init_required=False,
