@@ -96,16 +96,24 @@ class Losses(Callback):
 
 
 class Rounded(Callback):
-    """Moves every gradient by one rounding: the noise floor where a sum of two has no other order."""
+    """Moves every gradient by a rounding of what it is measured against: what sums in another order do to it.
+
+    Where terms cancel, the rounding is that of the terms, so all elements of a tensor move alike. Adam, which divides by
+    the size of a gradient, makes much of it where the true gradient is 0 (an attention's key bias): that is the floor.
+    """
 
     priority = 2
 
     def gradients_ready(self, run: Trainer, turn: Any) -> None:
-        for parameter in run.engines[turn.player].trained.values():
-            if parameter.grad is not None:
-                up = torch.arange(parameter.numel(), device=parameter.device) % 2
-                signs = (2 * up - 1).view(parameter.shape).to(parameter.grad.dtype)
-                parameter.grad.addcmul_(parameter.grad, signs, value=ROUNDING / 2)
+        trained = run.engines[turn.player].trained.values()
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        norms = [float(gradient.norm()) for gradient in gradients]
+        least = SMALL * math.hypot(*norms)
+        for gradient, norm in zip(gradients, norms, strict=True):
+            up = torch.arange(gradient.numel(), device=gradient.device) % 2
+            signs = (2 * up - 1).view(gradient.shape).to(gradient.dtype)
+            size = ROUNDING / 2 * max(norm, least) / math.sqrt(gradient.numel())
+            gradient.add_(signs, alpha=size)
 
 
 def watch(trainer: Trainer, callback: Callback) -> None:

@@ -17,14 +17,13 @@ Plain = tuple[dict[str, Any], str, Path]
 
 
 def reference(plain: Plain, folder: str, steps: int) -> dict[str, Any]:
-    """One process, all micro-batches accumulated: its states, and how far it is from itself in another order."""
+    """One process, all micro-batches accumulated: its states, and how far it is from itself but for rounding."""
     recipe, world, here = _restored(plain).set("strategy", "single"), World.join(), Path(folder)
     with parity.trainer_of(recipe, world, here / "reference") as trainer:
         steps = min(steps, trainer.total_steps)
         losses = parity.write_reference(trainer, steps)
     with parity.trainer_of(recipe, world, here / "floor", "reversed") as trainer:
-        if recipe.data.global_batch // recipe.data.micro_batch <= 2:
-            parity.watch(trainer, parity.Rounded())
+        parity.watch(trainer, parity.Rounded())
         floor = parity.free_running(trainer, here / "reference", steps, losses)
         floor |= parity.step_locked(trainer, here / "reference", steps)
     with parity.trainer_of(recipe, world, here / "operations") as trainer:
