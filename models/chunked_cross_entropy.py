@@ -13,52 +13,57 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """Hidden (N, C), head (V, C), targets (N,) int64 -> losses (N,) fp32, `chunk` positions at a time.
+def chunked_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int
+) -> Tensor:
+    """Hidden (N, C), head (V, C), targets (N,) int64, weights (N,) -> the weighted sum of the N losses, fp32.
 
-    Equal to `F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")`, gradients too; backward
-    computes the logits again, one product more. A chunk that holds all N positions keeps them instead: no memory is
-    saved, but a compiled model has the loss in its graph, which is faster. Raises ValueError for a chunk below 1.
+    Equal to `(F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none") * weights).sum()`, gradients
+    too, from the logits of `chunk` positions at a time. Since it is one sum, its gradient is known but for a factor as
+    soon as the logits are there: forward computes both, and nothing is computed twice. Raises ValueError for a chunk
+    below 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(kind), weight.to(kind)
+        hidden, head = hidden.to(kind), head.to(kind)
+    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
     with torch.autocast(device, enabled=False):
-        if chunk >= len(hidden):
-            return _losses(hidden, weight, targets)
-        return _Chunked.apply(hidden, weight, targets, chunk)
-
-
-def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+        return _Chunked.apply(hidden, head, targets, weights.float(), chunk, differentiated)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunk = chunk
-        losses = [
-            _losses(part, weight, truth)
-            for part, truth in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
-        return torch.cat(losses)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        chunk: int,
+        differentiated: bool,
+    ) -> Tensor:
+        loss = torch.zeros((), device=hidden.device)
+        to_hidden, to_head = [], torch.zeros(head.shape, device=head.device)
+        parts = (tensor.split(chunk) for tensor in (hidden, targets[:, None], weights[:, None]))
+        for part, target, weight in zip(*parts, strict=True):
+            logits = F.linear(part, head).float()  # (n, V)
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            loss = loss + ((normaliser - logits.gather(1, target)) * weight).sum()
+            if differentiated:  # d loss / d logits = weight (softmax(logits) - onehot(target))
+                to_logits = (logits - normaliser).exp()
+                to_logits = to_logits.scatter_add(1, target, -torch.ones_like(normaliser))
+                to_logits = (to_logits * weight).to(part.dtype)
+                to_hidden.append(to_logits @ head)
+                to_head = to_head + to_logits.T @ part
+        if differentiated:
+            ctx.save_for_backward(torch.cat(to_hidden), to_head.to(head.dtype))
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """d loss / d logits = softmax(logits) - onehot(target), per position."""
-        hidden, weight, targets = ctx.saved_tensors
-        to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            to_logits = F.linear(hidden[rows], weight).float().softmax(dim=-1)  # (n, V)
-            to_logits.scatter_add_(1, targets[rows, None], -torch.ones_like(to_logits[:, :1]))
-            to_logits = to_logits.mul_(gradient[rows, None]).to(hidden.dtype)
-            to_hidden[rows] = to_logits @ weight
-            to_weight += to_logits.T @ hidden[rows]
-        return to_hidden, to_weight.to(weight.dtype), None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        to_hidden, to_head = ctx.saved_tensors
+        return to_hidden * upstream, to_head * upstream, None, None, None, None

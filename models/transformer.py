@@ -102,10 +102,17 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.attention.projection.weight, std=std)
                 nn.init.normal_(module.contract.weight, std=std)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, chunk: int = 0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        chunk: int = 0,
+    ) -> Tensor:
         """Tokens (B, T) int64 -> logits (B, T, V) of the next token; T is at most `max_length`.
 
-        With `targets` (B, T) int64 -> the loss of each (B, T), from the logits of `chunk` positions at a time.
+        With `targets` (B, T) int64 and their `weights` (B, T) -> the weighted sum of the losses, a scalar, from the
+        logits of `chunk` positions at a time.
         """
         length = tokens.shape[1]
         if length > self.max_length:
@@ -114,12 +121,11 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        if targets is None:
+        if targets is None or weights is None:
             return F.linear(x, self.embedding.weight)  # (B, T, V)
-        losses = chunked_cross_entropy(
-            x.flatten(0, 1), self.embedding.weight, targets.flatten(), chunk
+        return chunked_cross_entropy(
+            x.flatten(0, 1), self.embedding.weight, targets.flatten(), weights.flatten(), chunk
         )
-        return losses.view_as(targets)  # (B, T)
 
 
 @torch.no_grad()

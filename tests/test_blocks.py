@@ -72,18 +72,19 @@ def test_blocks_are_found_by_pattern_or_repetition() -> None:
 def test_chunked_cross_entropy_equals_the_whole(chunk: int, kind: torch.dtype) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 8), torch.randn(50, 8)
-    targets, upstream = torch.randint(50, (40,)), torch.rand(40)
+    targets, weights = torch.randint(50, (40,)), torch.rand(40)
     found = []
     for chunked in (True, False):
         h, w = (t.to(kind if kind == torch.float64 else torch.float32) for t in (hidden, weight))
         h.requires_grad_(), w.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
             if chunked:
-                losses = chunked_cross_entropy(h, w, targets, chunk)
+                loss = chunked_cross_entropy(h, w, targets, weights, chunk)
             else:
                 losses = F.cross_entropy(F.linear(h, w).float(), targets, reduction="none")
-        (losses * upstream).sum().backward()
-        found.append((losses.detach(), h.grad, w.grad))
+                loss = (losses * weights).sum()
+        (3 * loss).backward()
+        found.append((loss.detach(), h.grad, w.grad))
     bound = 2.0**-7 if kind == torch.bfloat16 else 1e-6
     for ours, whole in zip(*found, strict=True):
         assert ours.dtype == whole.dtype
@@ -102,7 +103,8 @@ def test_chunked_cross_entropy_never_holds_all_logits() -> None:
             return out
 
     with Watch():
-        chunked_cross_entropy(hidden, weight, torch.randint(500, (64,)), 8).sum().backward()
+        targets = torch.randint(500, (64,))
+        chunked_cross_entropy(hidden, weight, targets, torch.ones(64), 8).backward()
     assert max(largest) == 8 * 500
 
 

@@ -22,8 +22,9 @@ class LanguageModelling(Objective):
     as it has, and the gradient is that of the mean over the whole global batch (law 3).
 
     Args:
-        chunk: 0 takes the logits as the model gives them. More: the model is asked for losses, `model(tokens, targets,
-            chunk) -> (B, T)`, which it computes for so many positions at a time and never holds all logits.
+        chunk: 0 takes the logits as the model gives them. More: the model is asked for the weighted sum of the losses,
+            `model(tokens, targets, weights, chunk) -> ()`, which it computes for so many positions at a time and never
+            holds all logits.
     """
 
     def __init__(self, chunk: int = 0) -> None:
@@ -34,17 +35,15 @@ class LanguageModelling(Objective):
     def loss(
         self, turn: Turn, networks: Networks, micro: MicroBatch, scalars: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self._losses(networks, micro)
-        loss = losses.sum() / micro["length"].sum()
+        loss = self._sum(networks, micro, len(micro["length"])) / micro["length"].sum()
         return loss, {"loss": loss.detach()}
 
     def weight(self, micro: MicroBatch) -> Tensor:
         return micro["length"].sum()
 
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
-        losses = self._losses(networks, micro)[: micro.real]
         return {
-            "loss_sum": losses.double().sum(),
+            "loss_sum": self._sum(networks, micro, micro.real).double(),
             "loss_count": micro["length"][: micro.real].sum(),
         }
 
@@ -55,14 +54,14 @@ class LanguageModelling(Objective):
         tokens = generate(networks.model, tokens, count, max_length=context, temperature=0.8)
         return tokens[0].tolist()
 
-    def _losses(self, networks: Networks, micro: MicroBatch) -> Tensor:
-        """Per target, 0 where a row is padded: (B, T)."""
+    def _sum(self, networks: Networks, micro: MicroBatch, rows: int) -> Tensor:
+        """Of the losses of the real targets in the first `rows` rows."""
         tokens, length = micro["tokens"], micro["length"]
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        real = torch.arange(targets.shape[1], device=tokens.device) < length[:, None]  # (B, T)
+        real[rows:] = False
         if self.chunk:
-            losses = networks.model(inputs, targets, self.chunk)  # (B, T)
-        else:
-            logits = networks.model(inputs)  # (B, T, V)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        real = torch.arange(targets.shape[1], device=tokens.device) < length[:, None]
-        return losses.view_as(targets) * real
+            return networks.model(inputs, targets, real, self.chunk)
+        logits = networks.model(inputs)  # (B, T, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return (losses.view_as(targets) * real).sum()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,8 +99,8 @@ class Losses(Callback):
 class Rounded(Callback):
     """Moves every gradient by a rounding of what it is measured against: what sums in another order do to it.
 
-    Where terms cancel, the rounding is that of the terms, so all elements of a tensor move alike. Adam, which divides by
-    the size of a gradient, makes much of it where the true gradient is 0 (an attention's key bias): that is the floor.
+    Where terms cancel, the rounding is that of the terms, so all elements of a tensor move alike. Adam, which divides
+    by the size of a gradient, makes much of it where the true gradient is 0 (an attention's key bias).
     """
 
     priority = 2
@@ -209,7 +210,8 @@ def nondeterministic_operations(step: Callable[[], None]) -> list[str]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned_only)
     lines = [str(warning.message) for warning in caught]
-    return sorted({line.split()[0] for line in lines if "deterministic" in line})
+    said = (re.split(" does not have | defaults to ", line) for line in lines)
+    return sorted({words[0] for words in said if "deterministic" in words[-1]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
