@@ -205,17 +205,23 @@ class Standardise:
 class Tokenise:
     """Make `tokens` of the text in `field`, at most `length` + 1 of them: a window at a random place of longer ones.
 
-    `tokenizer` is the path of a `tokenizer.json` (see `tokens`); without one a byte is a token. A text of fewer than 2
-    tokens gets boundaries after it, so that it has a target.
+    `tokenizer` is the path of a `tokenizer.json` (see `tokens`). Without one it is that `beside` the shards, or a byte
+    is a token. A text of fewer than 2 tokens gets boundaries after it, so that it has a target.
     """
 
     makes = {"tokens": "tokens"}
 
-    def __init__(self, length: int, field: str = "text", tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        field: str = "text",
+        tokenizer: str | None = None,
+        beside: tokens.Tokenizer | None = None,
+    ) -> None:
         _positive("tokenise", length=length)
         self.reads = (field,)
         self.length = length
-        self.tokenizer: tokens.Tokenizer = tokens.ByteTokenizer()
+        self.tokenizer = beside or tokens.ByteTokenizer()
         if tokenizer is not None:
             self.tokenizer = tokens.read(tokenizer)
 

@@ -21,6 +21,8 @@ from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sizes import bytes_of
 from dist_train.data_shards.sources import locate
 from dist_train.data_shards.storage import Bucket
+from dist_train.data_shards.tokens import Tokenizer
+from dist_train.data_shards.tokens import load as load_tokenizer
 from dist_train.errors import UserError
 from dist_train.recipe import Recipe
 from dist_train.recipe_data import Source
@@ -210,8 +212,25 @@ def _transforms(settings: Settings, where: str, mode: str, shards: Shards | Toge
             given = {key: value for key, value in spec.items() if key != "name"}
             made.append(functools.partial(part, **given))
         else:
-            made.append(components.build("transform", spec, place, statistics=statistics))
+            provided: dict[str, Any] = {"statistics": statistics}
+            if "beside" in components.arguments(part) and "tokenizer" not in spec:
+                provided["beside"] = _tokenizer(place, shards)
+            made.append(components.build("transform", spec, place, **provided))
     return made
+
+
+def _tokenizer(where: str, shards: Shards | Together) -> Tokenizer | None:
+    """The tokenizer beside the shards, if there is one."""
+    parts = getattr(shards, "parts", [shards])
+    if len({part.index.tokenizer for part in parts}) > 1:
+        raise UserError(f"{where}.tokenizer: missing, expected a path: the sources have several")
+    if parts[0].index.tokenizer is None:
+        return None
+    if isinstance(parts[0].storage, Bucket):
+        raise UserError(
+            f"{where}.tokenizer: missing, expected the path of a copy of {parts[0].storage.name}/tokenizer.json"
+        )
+    return load_tokenizer(parts[0].folder)
 
 
 def _agreed(opened: list[Shards] | list[Shards | Together]) -> dict[str, Any]:

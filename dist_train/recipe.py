@@ -57,7 +57,7 @@ from dist_train.yaml_text import write_yaml
 PROVIDED: dict[str, tuple[str, ...]] = {
     "optimizer": ("groups",),
     "init": ("weight", "fan_in", "fan_out"),
-    "transform": ("statistics", "sample", "rng"),
+    "transform": ("statistics", "beside", "sample", "rng"),
     "objective": ("statistics",),
 }
 """Arguments that the trainer gives to the parts of a kind, so that a recipe cannot."""

@@ -1,4 +1,4 @@
-"""`dist-train shards`: make, index, check and show tar shards."""
+"""`dist-train shards`: make, index, tokenise, check and show tar shards."""
 
 from __future__ import annotations
 
@@ -87,6 +87,29 @@ def index(
     answer(
         as_json,
         lambda: _described(path, index_shards(path, on_damage=on_damage, decode_all=decode)),
+    )
+
+
+@shards.command()
+def tokenizer(
+    path: Folder,
+    tokens: Annotated[str, typer.Option(help="byte, character or bpe.")] = "bpe",
+    vocab_size: Annotated[int | None, typer.Option(help="Ids, of bpe.")] = None,
+    fields: Annotated[
+        str | None, typer.Option(help="Text fields, like en,fr; all if not given.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split to train on.")] = "train",
+    as_json: Json = False,
+) -> None:
+    """Train a tokenizer on the texts of a set, and keep it beside them for the transform `tokenise`."""
+    from dist_train.data_shards.train_tokenizer import train_tokenizer
+
+    names = fields.split(",") if fields else []
+    answer(
+        as_json,
+        lambda: _described(
+            path, train_tokenizer(path, tokens, vocab_size, fields=names, split=split)
+        ),
     )
 
 

@@ -10,6 +10,8 @@ from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import check, index_shards
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import pack
+from dist_train.data_shards.train_tokenizer import train_tokenizer
+from dist_train.data_shards.write import write_shards
 from dist_train.errors import UserError
 
 TEXTS = [
@@ -92,6 +94,43 @@ def test_tokenizers_stand_beside_the_shards(texts: Path, tmp_path: Path, join: b
     path = tmp_path / "out" / "tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"e", b"a", 1))
     assert "tokenizer.json" in check(tmp_path / "out")[0]
+
+
+def test_a_tokenizer_is_trained_from_shards(texts: Path, tmp_path: Path) -> None:
+    """Beside them, named by their index, and used by `tokenise` without a path."""
+    pytest.importorskip("tokenizers")
+    from dist_train.data import RunData
+    from dist_train.recipe import Recipe
+    from dist_train.world import World
+
+    rows = [("train", f"{i:02d}", {"txt": text.decode()}) for i, text in enumerate(TEXTS)]
+    write_shards(tmp_path / "out", "out", rows, shard_size=9)
+    index = train_tokenizer(tmp_path / "out", "bpe", 290)
+    own = tokens.load(tmp_path / "out")
+    assert own.to_json() == tokens.train("bpe", TEXTS, 290).to_json()
+    assert index == Index.load(tmp_path / "out") == index_shards(tmp_path / "out")
+    assert check(tmp_path / "out") == [] and index.describe()["vocab_size"] == own.vocabulary
+    settings = {
+        "data": {
+            "path": "out",
+            "global_batch": 4,
+            "micro_batch": 4,
+            "shuffle": "none",
+            "transforms": {"train": [{"name": "tokenise", "length": 500}]},
+        },
+        "duration": "1 steps",
+        "model": {"name": "transformer", "vocab_size": "auto", "max_length": 500},
+        "objective": {"name": "language_modelling"},
+        "optimizer": {"name": "adamw", "learning_rate": 0.01},
+    }
+    (micro,) = RunData(Recipe.restore(settings, "test", tmp_path), World()).batches.batch(0)
+    for row, length, text in zip(micro["tokens"], micro["length"], TEXTS, strict=False):
+        assert own.decode(row[: length + 1].tolist()) == text
+    with pytest.raises(UserError, match=r"no text field 'en' \(there are text\)"):
+        train_tokenizer(tmp_path / "out", "byte", fields=["en"])
+    pack(texts, tmp_path / "packed", block=16)
+    with pytest.raises(UserError, match="tokens already"):
+        train_tokenizer(tmp_path / "packed", "byte")
 
 
 def test_bytes_need_no_tokenizer(texts: Path, tmp_path: Path) -> None:
