@@ -12,6 +12,7 @@ import torch
 
 from dist_train.data_shards.mixture import Together
 from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.transforms import Batched
 from dist_train.errors import UserError, nearest
 
 SCALES = ("standard", "signed", "unit")
@@ -19,8 +20,16 @@ Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 """One may say which other fields it `reads` (text, say), and of which kinds those are that it `makes`: {name: kind}."""
 
 
+DRAWS = "image draws"
+"""The tensor (draws, b) by which a batch's images are still to be transformed."""
+
+
 class Assembler:
-    """Turns the ids of samples into tensors, the same in any process."""
+    """Turns the ids of samples into tensors, the same in any process.
+
+    With `on_device` the field `image` comes as it is stored, with what was drawn for it; `finish` transforms and scales
+    it, as a batch, wherever it then is. The result is the same.
+    """
 
     def __init__(
         self,
@@ -28,6 +37,7 @@ class Assembler:
         seed: int,
         transforms: Sequence[Transform] = (),
         scale: str = "standard",
+        on_device: bool = False,
     ) -> None:
         if scale not in SCALES:
             raise UserError(
@@ -37,6 +47,7 @@ class Assembler:
         self.seed = seed
         self.transforms = tuple(transforms)
         self.scale = scale
+        self.batched = _batched(self.transforms) if on_device else []
         self.kinds = {
             spec.name: spec.kind
             for spec in shards.index.fields.values()
@@ -46,11 +57,12 @@ class Assembler:
         self.reads = tuple(dict.fromkeys([*self.kinds, *reads]))
         for transform in transforms:
             self.kinds |= getattr(transform, "makes", {})
+        self.on_device = on_device and self.kinds.get("image") == "image"
 
     def tensors(self, ids: np.ndarray, epochs: np.ndarray) -> dict[str, torch.Tensor]:
         """The fields of the samples `ids` (b,), drawn for `epochs` (b,); each tensor has b rows."""
         columns = self.shards.columns(self.reads, ids)
-        if self.transforms:
+        if self.transforms and not self.on_device:
             columns = self._transformed(columns, ids, epochs)
         tensors: dict[str, torch.Tensor] = {}
         for name, kind in self.kinds.items():
@@ -60,8 +72,37 @@ class Assembler:
                 tensors[name], tensors["length"] = _padded(columns[name])
             else:
                 stacked = self._stacked(name, columns[name], ids)
-                tensors[name] = self._scaled(name, stacked) if kind == "image" else stacked
+                later = name == "image" and self.on_device
+                scaled = kind == "image" and not later
+                tensors[name] = self._scaled(name, stacked) if scaled else stacked
+                if later:
+                    tensors[DRAWS] = self._drawn(stacked, ids, epochs)
         return tensors
+
+    def finish(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `tensors` made, with its images transformed and scaled."""
+        if not self.on_device:
+            return tensors
+        images, drawn = tensors["image"], tensors[DRAWS]
+        for transform in self.batched:
+            images = transform.batched(images, drawn[: transform.draws])
+            drawn = drawn[transform.draws :]
+        finished = tensors | {"image": self._scaled("image", images)}
+        del finished[DRAWS]
+        return finished
+
+    def _drawn(self, images: torch.Tensor, ids: np.ndarray, epochs: np.ndarray) -> torch.Tensor:
+        """What the batched transforms draw for each image, (draws, b) int64."""
+        drawn = np.empty((sum(t.draws for t in self.batched), len(ids)), np.int64)
+        for row, (i, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
+            rng = keyed_generator(self.seed, epoch, i)
+            size = (images.shape[1], images.shape[2])
+            own: list[int] = []
+            for transform in self.batched:
+                own += transform.draw(rng, *size)
+                size = transform.size(*size)
+            drawn[:, row] = own
+        return torch.from_numpy(drawn)
 
     def _transformed(
         self, columns: dict[str, Any], ids: np.ndarray, epochs: np.ndarray
@@ -100,9 +141,24 @@ class Assembler:
                 f"{self.shards.folder}: no statistics of {images.shape[1]} channels in index.json; "
                 "use data.scale unit or signed"
             )
-        mean = torch.tensor(statistics["mean"]).view(-1, 1, 1)
-        std = torch.tensor([value or 1.0 for value in statistics["std"]]).view(-1, 1, 1)
+        mean, std = (
+            torch.tensor(values, device=images.device).view(-1, 1, 1)
+            for values in (statistics["mean"], [value or 1.0 for value in statistics["std"]])
+        )
         return scaled.div_(255).sub_(mean).div_(std)
+
+
+def _batched(transforms: Sequence[Transform]) -> list[Batched]:
+    found = []
+    for transform in transforms:
+        if not isinstance(transform, Batched):
+            name = getattr(transform, "__name__", type(transform).__name__)
+            raise UserError(
+                f"transforms on the device: {name} runs on a sample, on the CPU, only; "
+                f"on a batch run {', '.join(one.__name__ for one in Batched.__subclasses__())}"
+            )
+        found.append(transform)
+    return found
 
 
 def derived(seed: int, name: str) -> int:

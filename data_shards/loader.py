@@ -87,11 +87,13 @@ class TrainingBatches:
         world_size: int = 1,
         workers: int = 0,
         prefetch: int = 2,
+        device: str = "cpu",
     ) -> None:
         own = _share(global_batch, micro_batch, rank, world_size)
         self.streams, self.global_batch = dict(streams), global_batch
         self._make = _TrainingStep(self.streams, global_batch, micro_batch, own)
         self._ahead = Ahead(self._make, workers, prefetch)
+        self._finish = _Finish({name: one.assembler for name, one in streams.items()}, device)
 
     @property
     def epoch(self) -> int:
@@ -110,12 +112,13 @@ class TrainingBatches:
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of `step`."""
-        return self._make(step)
+        return [self._finish(micro) for micro in self._make(step)]
 
     def from_(self, step: int, stop: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield (step, this rank's micro-batches) for the steps [step, stop)."""
         steps = range(step, stop)
-        yield from zip(steps, _fetched(self._make.needs, self._ahead, steps), strict=True)
+        for item in zip(steps, _fetched(self._make.needs, self._ahead, steps), strict=True):
+            yield item[0], [self._finish(micro) for micro in item[1]]
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class EvaluationBatches:
         world_size: int = 1,
         workers: int = 0,
         prefetch: int = 2,
+        device: str = "cpu",
     ) -> None:
         lengths = {name: len(assembler.shards) for name, assembler in assemblers.items()}
         self.samples = samples = next(iter(lengths.values()))
@@ -185,12 +189,13 @@ class EvaluationBatches:
         self.places = range(rank, -(-total // world_size) * world_size, world_size)
         self._make = _EvaluationPart(dict(assemblers), micro_batch, samples)
         self._ahead = Ahead(self._make, workers, prefetch)
+        self._finish = _Finish(assemblers, device)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return _fetched(self._make.needs, self._ahead, self.places)
+        yield from map(self._finish, _fetched(self._make.needs, self._ahead, self.places))
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,25 @@ class _EvaluationPart:
         return MicroBatch(index, _columns([ids] * len(tensors)), _joined(tensors), real)
 
 
+@dataclass(frozen=True)
+class _Finish:
+    """Brings micro-batches to the device, if their images are transformed there, and does that."""
+
+    assemblers: Mapping[str, Assembler]
+    device: str
+
+    def __call__(self, micro: MicroBatch) -> MicroBatch:
+        if not any(one.on_device for one in self.assemblers.values()):
+            return micro
+        micro = micro.to(self.device)
+        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.assemblers}
+        for key, tensor in micro.tensors.items():
+            stream, _, name = key.rpartition(".") if "" not in parts else ("", "", key)
+            parts[stream][name] = tensor
+        finished = {name: one.finish(parts[name]) for name, one in self.assemblers.items()}
+        return replace(micro, tensors=_joined(finished))
+
+
 def training_batches(
     shards: Shards,
     *,
@@ -231,17 +255,23 @@ def training_batches(
     order: Ordering | None = None,
     workers: int = 0,
     prefetch: int = 2,
+    device: str | None = None,
 ) -> TrainingBatches:
-    """The training batches of one rank from one set of shards, by default shuffled globally."""
+    """The training batches of one rank from one set of shards, by default shuffled globally.
+
+    With a `device` images are transformed and scaled there, a batch at a time.
+    """
     order = order or Order(len(shards), seed)
+    assembler = Assembler(shards, seed, transforms, scale, on_device=device is not None)
     return TrainingBatches(
-        {"": Stream(order, Assembler(shards, seed, transforms, scale))},
+        {"": Stream(order, assembler)},
         global_batch=global_batch,
         micro_batch=micro_batch,
         rank=rank,
         world_size=world_size,
         workers=workers,
         prefetch=prefetch,
+        device=device or "cpu",
     )
 
 

@@ -32,6 +32,7 @@ class ShardLoader(IterableDataset):
         path: a folder of shards, or an https, s3 or gs address; then `index`, `cache` and `cache_size` are as in a
             recipe's `data`.
         rank, world_size: by default those of torch.distributed, if it is initialised.
+        device: where images are transformed and scaled, a batch at a time; by default on the CPU, sample by sample.
         shuffle, window, streams: see `Order`. bootstrap: draw with replacement, by this seed.
         on_damage: "skip" leaves what is damaged out of the index of a folder, see `Index.load`.
     """
@@ -49,6 +50,7 @@ class ShardLoader(IterableDataset):
         prefetch: int = 2,
         transforms: Sequence[Transform] = (),
         scale: str = "standard",
+        device: str | None = None,
         shuffle: str = "auto",
         window: int = 16,
         streams: int | str = "auto",
@@ -89,6 +91,7 @@ class ShardLoader(IterableDataset):
             order=order,
             workers=workers,
             prefetch=prefetch,
+            device=device,
         )
         self.step = 0
         self._same = {

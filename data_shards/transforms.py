@@ -1,54 +1,106 @@
 """Changes to a sample, each a pure function of (sample, generator); they run in the workers, on the CPU.
 
-Images are uint8 (H, W) or (H, W, C) and stay so; `data.scale` makes them floats afterwards.
+Images are uint8 (H, W) or (H, W, C) and stay so; `data.scale` makes them floats afterwards. Those that are `Batched`
+can also run on a whole batch on its device: the draws are the same, and so is the result.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dist_train.data_shards import tokens
 from dist_train.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Sample = dict[str, Any]
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
-class RandomCrop:
+class Batched(ABC):
+    """A transform of images that is told apart from its draws."""
+
+    draws = 0
+    """How many numbers it draws for an image."""
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Sequence[int]:
+        """Those numbers, for an image of this size."""
+        return ()
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) that it makes of an image of this size."""
+        return height, width
+
+    @abstractmethod
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample: ...
+
+    @abstractmethod
+    def batched(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """What it makes of images (b, H, W) or (b, H, W, C) by the numbers `drawn` (draws, b)."""
+
+
+class RandomCrop(Batched):
     """Cut a `size` x `size` window out of the image at a random place, after padding each side with zeros.
 
     UserError: the padded image is smaller than the window.
     """
 
+    draws = 2
+
     def __init__(self, size: int, padding: int = 0) -> None:
         _positive("random_crop", size=size)
-        self.size = size
-        self.pad = Pad(padding) if padding else None
+        self.side = size
+        self.padding = padding
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Sequence[int]:
+        height, width = height + 2 * self.padding, width + 2 * self.padding
+        _large_enough("random_crop", height, width, self.side)
+        return [int(rng.integers(side - self.side + 1)) for side in (height, width)]
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        return self.side, self.side
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if self.pad is not None:
-            sample = self.pad(sample, rng)
-        height, width = _large_enough("random_crop", sample["image"], self.size)
-        top = int(rng.integers(height - self.size + 1))
-        left = int(rng.integers(width - self.size + 1))
-        return _window(sample, top, left, self.size, self.size)
+        top, left = self.draw(rng, *sample["image"].shape[:2])
+        if self.padding:
+            sample = {**sample, "image": _padded(sample["image"], self.padding, 0)}
+        return _window(sample, top, left, self.side, self.side)
+
+    def batched(self, images: Tensor, drawn: Tensor) -> Tensor:
+        from dist_train.data_shards import batched
+
+        images = batched.pad(images, self.padding) if self.padding else images
+        return batched.crop(images, drawn[0], drawn[1], self.side)
 
 
-class CenterCrop:
+class CenterCrop(Batched):
     """Cut the `size` x `size` window out of the middle of the image. UserError: the image is smaller."""
 
     def __init__(self, size: int) -> None:
         _positive("center_crop", size=size)
-        self.size = size
+        self.side = size
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        return self.side, self.side
+
+    def corner(self, height: int, width: int) -> tuple[int, int]:
+        """(top, left) of the window."""
+        _large_enough("center_crop", height, width, self.side)
+        return (height - self.side) // 2, (width - self.side) // 2
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        height, width = _large_enough("center_crop", sample["image"], self.size)
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        return _window(sample, top, left, self.size, self.size)
+        top, left = self.corner(*sample["image"].shape[:2])
+        return _window(sample, top, left, self.side, self.side)
+
+    def batched(self, images: Tensor, drawn: Tensor) -> Tensor:
+        top, left = self.corner(images.shape[1], images.shape[2])
+        return images[:, top : top + self.side, left : left + self.side]
 
 
 class RandomResizedCrop:
@@ -110,7 +162,7 @@ class Resize:
         return {**sample, "image": planes.reshape(*target, *image.shape[2:])}
 
 
-class Pad:
+class Pad(Batched):
     """Add `padding` pixels of the value `fill` on each side of the image."""
 
     def __init__(self, padding: int, fill: int = 0) -> None:
@@ -119,40 +171,67 @@ class Pad:
             raise UserError(f"pad: fill {fill} is not in [0, 255]")
         self.padding, self.fill = padding, fill
 
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        return height + 2 * self.padding, width + 2 * self.padding
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        image = sample["image"]
-        sides = ((self.padding, self.padding),) * 2 + ((0, 0),) * (image.ndim - 2)
-        return {**sample, "image": np.pad(image, sides, constant_values=self.fill)}
+        return {**sample, "image": _padded(sample["image"], self.padding, self.fill)}
+
+    def batched(self, images: Tensor, drawn: Tensor) -> Tensor:
+        from dist_train.data_shards import batched
+
+        return batched.pad(images, self.padding, self.fill)
 
 
-class HorizontalFlip:
+class HorizontalFlip(Batched):
     """Mirror the image left to right with this probability."""
+
+    draws = 1
 
     def __init__(self, probability: float = 0.5) -> None:
         _probability("horizontal_flip", probability)
         self.probability = probability
 
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Sequence[int]:
+        return [rng.random() < self.probability]
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if rng.random() >= self.probability:
-            return sample
-        return {**sample, "image": sample["image"][:, ::-1]}
+        (flipped,) = self.draw(rng, *sample["image"].shape[:2])
+        return {**sample, "image": sample["image"][:, ::-1]} if flipped else sample
+
+    def batched(self, images: Tensor, drawn: Tensor) -> Tensor:
+        from dist_train.data_shards import batched
+
+        return batched.flip(images, drawn[0])
 
 
-class Cutout:
+class Cutout(Batched):
     """Set a square of `size` pixels around a random pixel to `fill`, with this probability (DeVries, Taylor 2017)."""
+
+    draws = 3
 
     def __init__(self, size: int, fill: int = 0, probability: float = 1.0) -> None:
         _positive("cutout", size=size)
         _probability("cutout", probability)
-        self.size, self.fill, self.probability = size, fill, probability
+        self.side, self.fill, self.probability = size, fill, probability
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Sequence[int]:
+        if rng.random() >= self.probability:
+            return 0, 0, 0
+        return 1, *(int(rng.integers(side)) - self.side // 2 for side in (height, width))
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if rng.random() >= self.probability:
+        cut, top, left = self.draw(rng, *sample["image"].shape[:2])
+        if not cut:
             return sample
         image = sample["image"].copy()
-        top, left = (int(rng.integers(side)) - self.size // 2 for side in image.shape[:2])
-        image[max(top, 0) : top + self.size, max(left, 0) : left + self.size] = self.fill
+        image[max(top, 0) : top + self.side, max(left, 0) : left + self.side] = self.fill
         return {**sample, "image": image}
+
+    def batched(self, images: Tensor, drawn: Tensor) -> Tensor:
+        from dist_train.data_shards import batched
+
+        return batched.cutout(images, drawn[0], drawn[1], drawn[2], self.side, self.fill)
 
 
 class ColourJitter:
@@ -237,13 +316,16 @@ def _window(sample: Sample, top: int, left: int, height: int, width: int) -> Sam
     return {**sample, "image": sample["image"][top : top + height, left : left + width]}
 
 
-def _large_enough(name: str, image: np.ndarray, size: int) -> tuple[int, int]:
-    height, width = image.shape[:2]
+def _padded(image: np.ndarray, padding: int, fill: int) -> np.ndarray:
+    sides = ((padding, padding),) * 2 + ((0, 0),) * (image.ndim - 2)
+    return np.pad(image, sides, constant_values=fill)
+
+
+def _large_enough(name: str, height: int, width: int, size: int) -> None:
     if height < size or width < size:
         raise UserError(
             f"{name}: an image of {height} x {width} (padding included) has no window of {size}"
         )
-    return height, width
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:

@@ -67,7 +67,8 @@ class RunData:
             seed = derived(recipe.seed, name)
             order = _order(settings, shards, seed, recipe)
             transforms = _transforms(settings, where, "train", shards)
-            streams[name] = Stream(order, Assembler(shards, seed, transforms, settings.scale))
+            assembler = _assembler(shards, seed, transforms, settings, where)
+            streams[name] = Stream(order, assembler)
         self.batches = TrainingBatches(
             streams,
             global_batch=data.global_batch,
@@ -76,6 +77,7 @@ class RunData:
             world_size=world.size,
             workers=data.workers,
             prefetch=data.prefetch,
+            device=world.device,
         )
         longest = max(opened.values(), key=len)
         self.samples, self.tokens = len(longest), longest.tokens
@@ -116,7 +118,7 @@ def evaluation_batches(
         if recipe.evaluate and "bits_per_byte" in recipe.evaluate.metrics:
             _check_bytes(shards)
         transforms = _transforms(settings, where, "evaluate", shards)
-        assemblers[name] = Assembler(shards, 0, transforms, settings.scale)
+        assemblers[name] = _assembler(shards, 0, transforms, settings, where)
     micro_batch = recipe.evaluate.micro_batch if recipe.evaluate else None
     return EvaluationBatches(
         assemblers,
@@ -125,6 +127,7 @@ def evaluation_batches(
         world_size=world.size,
         workers=recipe.data.workers,
         prefetch=recipe.data.prefetch,
+        device=world.device,
     )
 
 
@@ -217,6 +220,16 @@ def _transforms(settings: Settings, where: str, mode: str, shards: Shards | Toge
                 provided["beside"] = _tokenizer(place, shards)
             made.append(components.build("transform", spec, place, **provided))
     return made
+
+
+def _assembler(
+    shards: Shards | Together, seed: int, transforms: list[Any], settings: Settings, where: str
+) -> Assembler:
+    on_device = settings.transforms.on == "device"
+    try:
+        return Assembler(shards, seed, transforms, settings.scale, on_device)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
 def _tokenizer(where: str, shards: Shards | Together) -> Tokenizer | None:

@@ -23,6 +23,9 @@ class Transforms(Section):
     evaluate: list[Spec] = Field(
         default=[], description="a list of transforms, [{name: ..., arguments}]"
     )
+    on: Literal["cpu", "device"] = Field(
+        default="cpu", description="cpu (sample by sample) or device (images, a batch at a time)"
+    )
 
 
 class Origin(Section):
@@ -124,7 +127,7 @@ class Stream(Origin):
         None, description="bootstrap, or {name: bootstrap, seed: ...}"
     )
     transforms: Transforms = Field(
-        default=Transforms(), description="{train: [...], evaluate: [...]}"
+        default=Transforms(), description="{train: [...], evaluate: [...], on: cpu}"
     )
     scale: Literal["standard", "signed", "unit"] = Field(
         "standard", description="standard (mean 0, deviation 1), signed (-1 to 1) or unit (0 to 1)"

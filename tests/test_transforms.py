@@ -4,13 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from dist_train.data import RunData, evaluation_batches
 from dist_train.data_shards import tokens
 from dist_train.data_shards import transforms as t
 from dist_train.data_shards.assembler import Assembler
+from dist_train.data_shards.loader import TrainingBatches, training_batches
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.write import write_shards
 from dist_train.errors import UserError
+from dist_train.recipe import Recipe
+from dist_train.world import World
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 GREY = IMAGE[..., 0]
@@ -169,3 +174,84 @@ def test_a_users_own_function_and_augmentation_are_the_same_everywhere(
         recipe.set(
             "data.transforms.train", [{"name": "own_transforms:shifted", "att": 2}]
         ).check_components()
+
+
+CHAIN = [
+    t.Pad(1, fill=9),
+    t.RandomCrop(9, padding=2),
+    t.HorizontalFlip(),
+    t.Cutout(4, fill=7, probability=0.7),
+    t.CenterCrop(6),
+    t.RandomCrop(5),
+]
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 3)])
+@pytest.mark.parametrize("scale", ["standard", "signed", "unit"])
+def test_batches_on_the_device_equal_samples_on_the_cpu(tmp_path: Path, shape, scale) -> None:
+    """Bit for bit, the same draws, on any ranks and workers."""
+    rng = np.random.default_rng(0)
+    rows = [
+        ("train", str(i), {"image.npy": rng.integers(0, 256, shape, np.uint8), "cls": i % 3})
+        for i in range(20)
+    ]
+    write_shards(tmp_path / "x", "x", rows)
+    shards = Shards(tmp_path / "x", "train")
+
+    def batches(**options) -> TrainingBatches:
+        return training_batches(
+            shards, seed=3, global_batch=8, micro_batch=4, transforms=CHAIN, scale=scale, **options
+        )
+
+    for step, ours in batches(device="cpu").from_(0, 6):
+        for one, other in zip(ours, batches().batch(step), strict=True):
+            assert one.tensors.keys() == other.tensors.keys() == {"image", "label"}
+            assert one["image"].shape == (4, shape[2] if shape[2:] else 1, 5, 5)
+            assert torch.equal(one["image"], other["image"]), step
+            assert one["image"].is_contiguous() and torch.equal(one["label"], other["label"])
+    (alone,) = batches(device="cpu", rank=1, world_size=2, workers=1).from_(5, 6)
+    assert torch.equal(alone[1][0]["image"], ours[1]["image"])
+    with pytest.raises(
+        UserError, match=r"on the device: ColourJitter runs on a sample.*RandomCrop"
+    ):
+        training_batches(
+            shards,
+            seed=0,
+            global_batch=4,
+            micro_batch=4,
+            transforms=[t.ColourJitter()],
+            device="cpu",
+        )
+
+
+def test_a_recipe_says_where_transforms_run(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        (split, str(i), {"image.npy": rng.integers(0, 256, (8, 8), np.uint8), "cls": i % 3})
+        for i in range(12)
+        for split in ("train", "test")
+    ]
+    write_shards(tmp_path / "x", "x", rows)
+    crop, flip = {"name": "random_crop", "size": 8, "padding": 2}, {"name": "horizontal_flip"}
+    settings = {
+        "data": {
+            "global_batch": 4,
+            "micro_batch": 4,
+            "a": {"path": "x", "transforms": {"train": [crop, flip], "evaluate": [crop]}},
+            "b": {"path": "x", "transforms": {"train": [flip]}},
+        },
+        "duration": "1 steps",
+        "model": {"name": "lenet", "num_classes": "auto"},
+        "objective": {"name": "classification"},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1},
+        "evaluate": {"split": "test", "every": "1 epoch", "metrics": ["loss"]},
+    }
+    here = Recipe.restore(settings, "test", tmp_path)
+    there = here.set("data.a.transforms.on", "device")
+    for read in (
+        lambda recipe: RunData(recipe, World()).batches.batch(2),
+        lambda recipe: list(evaluation_batches(recipe, World(), "test")),
+    ):
+        for one, other in zip(read(there), read(here), strict=True):
+            assert one.tensors.keys() == other.tensors.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one.tensors)
