@@ -54,7 +54,7 @@ class RandomCrop(Batched):
     draws = 2
 
     def __init__(self, size: int, padding: int = 0) -> None:
-        _positive("random_crop", size=size)
+        _positive("random_crop", size=size, **({"padding": padding} if padding else {}))
         self.side = size
         self.padding = padding
 
