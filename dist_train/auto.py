@@ -24,7 +24,7 @@ def resolve(recipe: Recipe, world: World, build: Callable[[Recipe], Trainer]) ->
     """The recipe with `auto` replaced by the fastest strategy whose rank fits into this machine's memory (collective).
 
     Args:
-        build: makes a trainer of one process from a recipe, for a step on fake tensors.
+        build: makes a trainer of one process, for a step on fake tensors.
     Raises: UserError where nothing fits.
     """
     if AUTO not in {strategy["name"] for strategy in recipe.strategies.values()}:

@@ -53,12 +53,17 @@ class Player(nn.Module):
             return _to_fp32(self.networks[name](*inputs))
 
     def skeleton(self) -> Player:
-        """A copy without weights (they lie on the meta device): a function of the weights that a view passes in."""
-        kept = {id(b): torch.empty_like(b, device="meta") for b in self.buffers()}
-        for parameter in self.parameters():
-            empty = torch.empty_like(parameter, device="meta")
-            kept[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        return copy.deepcopy(self, kept)
+        """A copy without weights: a function of the weights that a view passes in."""
+        return hollow(self, "meta")
+
+
+def hollow(module: nn.Module, device: str | None = None) -> Any:
+    """A copy whose weights and buffers are new and have no values; by default where the module's own are."""
+    kept = {id(b): torch.empty_like(b, device=device) for b in module.buffers()}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device=device)
+        kept[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(module, kept)
 
 
 def _channels_last(value: Any) -> Any:

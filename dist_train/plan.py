@@ -14,6 +14,7 @@ from dist_train.duration import Duration
 from dist_train.errors import UserError
 from dist_train.hardware import Device
 from dist_train.recipe import Recipe
+from dist_train.strategies import AUTO
 from dist_train.tracing import Step, foresee, turns_per_step
 from dist_train.trainer import Trainer
 
@@ -82,6 +83,41 @@ def plan(
         if price is not None:
             found["cost"] = hours * ranks * price
     return found
+
+
+def check_fit(recipe: Recipe, ranks: int, limit: float, where: str) -> int:
+    """Raise UserError, with what would fit, where a rank needs more than its `limit` bytes; returns the bytes of a
+    checkpoint's weights, optimiser and buffers.
+
+    Of players under several strategies the leanest counts; under DeepSpeed settings of one's own nothing is refused.
+    """
+    share = shared_out(recipe, ranks)
+    step, trainer = foresee(recipe, run.build_one, micro_batches=min(share, 2))
+    saved = sum(
+        part.tensor.numel() * part.tensor.element_size()
+        for engine in trainer.engines.values()
+        for _, part in engine.slices()
+    )
+    own = list(recipe.strategies.values())
+    choices = footprint.candidates(recipe, ranks)
+    asked = choices if any(strategy["name"] == AUTO for strategy in own) else own
+    if any("deepspeed" in strategy for strategy in asked):
+        return saved
+    needs = [sum(footprint.rank_memory(step, s, ranks, share).values()) for s in asked]
+    need = min(needs)
+    if need <= limit:
+        return saved
+    strategy = asked[needs.index(need)]
+    other = _other_size(recipe, ranks)
+    second = foresee(recipe, run.build_one, other, min(share, 2))[0] if other else step
+    largest = _largest(recipe, strategy, ranks, (step, second), other, limit)
+    fitting = footprint.fastest(choices, step, ranks, share, limit)
+    remedies = [f"strategy {named(fitting)}"] if fitting else []
+    remedies += [f"data.micro_batch {largest}"] if largest else []
+    raise UserError(
+        f"memory: a rank needs {need / GIB:.3g} GiB under {named(strategy)}, and {where} has {limit / GIB:.3g} for it;"
+        f" {' or '.join(remedies) or 'only more ranks or a smaller model'} would fit"
+    )
 
 
 def shared_out(recipe: Recipe, ranks: int) -> int:

@@ -24,6 +24,7 @@ from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, Interrupted, UserError
 from dist_train.initialisation import initialise
 from dist_train.metrics import Metric
+from dist_train.networks import hollow
 from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
 from dist_train.players import make_players
@@ -149,7 +150,7 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
         group=needs_group(recipe), timeout=_collective_timeout(recipe), devices=recipe.devices
     )
     threads = pin_threads(recipe.threads, world.local_size)
-    recipe = auto.resolve(recipe, world, build_one)
+    recipe = auto.resolve(recipe, world, partial(build_one, model=model))
     directory = _directory(recipe, world, options)
     resume = options.resume
     try:
@@ -218,9 +219,15 @@ def needs_group(recipe: Recipe) -> bool:
     return any(name == AUTO or name.startswith("zero") for name in names)
 
 
-def build_one(recipe: Recipe) -> Trainer:
-    """Build a run of one process that leaves nothing behind, for a step on fake tensors (`tracing.foresee`)."""
-    return build(recipe, World(device_count=recipe.devices), RunDirectory(Path("nowhere")))
+def build_one(recipe: Recipe, model: Any = None) -> Trainer:
+    """Build a run of one process that leaves nothing behind, for a step on fake tensors (`tracing.foresee`). Modules
+    that are given stay as they are: the step has fake copies of them."""
+    if isinstance(model, Mapping):
+        model = {name: hollow(module) for name, module in model.items()}
+    elif model is not None:
+        model = hollow(model)
+    world = World(device_count=recipe.devices)
+    return build(recipe, world, RunDirectory(Path("nowhere")), model=model)
 
 
 def build(

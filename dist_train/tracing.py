@@ -36,6 +36,10 @@ SEARCHED = 100
 """A turn that does not come within so many steps is not traced."""
 
 
+class Unforeseeable(UserError):
+    """A step whose course or shapes depend on values."""
+
+
 @dataclass
 class Work:
     """What a turn computes: (FLOPs, bytes read and written) of every operation."""
@@ -167,7 +171,7 @@ def foresee(
         build: makes a trainer of one process; it is called where every new tensor is fake.
         micro_batch: its size, by default the recipe's. micro_batches: how many the step has.
     Returns: what the step held and computed, and the trainer, whose tensors are fake.
-    Raises: UserError when the step's course depends on values, which fake tensors have not.
+    Raises: Unforeseeable when the step's course depends on values, which fake tensors have not.
     """
     size = micro_batch or recipe.data.micro_batch
     bare = recipe.set("strategy", "single").set("data.micro_batch", size)
@@ -190,7 +194,7 @@ def foresee(
         with mode, _modules_overwrite():
             return _traced(trainer, fake), trainer
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise UserError(
+        raise Unforeseeable(
             f"the step cannot be foreseen: its course or its shapes depend on values ({error})"
         ) from error
 

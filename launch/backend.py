@@ -105,7 +105,7 @@ class Backend(ABC):
     """A place to run at. Final subclasses live in files of their own, named in BACKENDS.
 
     Attributes:
-        takes: the settings of Spec that mean something here, beside `on`, `profile`, `env` and `max_restarts`.
+        takes: the settings of Spec that mean something here, beside `on`, `profile`, `gpu`, `env` and `max_restarts`.
     """
 
     takes: frozenset[str] = frozenset()

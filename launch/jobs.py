@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_train.errors import UserError, nearest
 from dist_train.launch.backend import BACKENDS, RECORD, Backend, Job, backend
-from dist_train.launch.preflight import check_directory, check_recipe
+from dist_train.launch.preflight import check_directory, check_recipe, check_room
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import make_spec
 from dist_train.recipe import Recipe
@@ -91,11 +91,13 @@ def prepare(
     check_directory(run_dir)
     for member in members(recipe, job) or [recipe]:
         check_recipe(member, spec, dry_run=dry_run)
+    if not dry_run and not again:
+        check_room(members(recipe, job) or [recipe], spec, run_dir)
     chosen.check(job, dry_run)
     return Prepared(recipe, job, chosen, again)
 
 
-_EVERYWHERE = {"on", "profile", "env", "max_restarts"}
+_EVERYWHERE = {"on", "profile", "gpu", "env", "max_restarts"}
 
 
 def members(recipe: Recipe, job: Job) -> list[Recipe]:

@@ -35,6 +35,9 @@ def launch(
     gpus_per_node: Annotated[
         int | None, typer.Option(help="GPUs a node, a rank each; 0: ranks on CPUs.")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="What GPUs (h100, ...): their memory is checked.")
+    ] = None,
     ranks_per_node: Annotated[int | None, typer.Option(help="Ranks a node.")] = None,
     cpus_per_rank: Annotated[int | None, typer.Option(help="Cores a rank.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The exact run directory.")] = None,
@@ -93,6 +96,7 @@ def launch(
         "profile": profile,
         "nodes": nodes,
         "gpus_per_node": gpus_per_node,
+        "gpu": gpu,
         "ranks_per_node": ranks_per_node,
         "cpus_per_rank": cpus_per_rank,
         "max_restarts": max_restarts,

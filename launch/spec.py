@@ -24,6 +24,7 @@ class Spec:
     Attributes:
         on: the backend. profile: a file of defaults, by name or path.
         nodes, gpus_per_node, ranks_per_node: gpus_per_node 0 means CPU ranks; ranks_per_node defaults to one a GPU.
+        gpu: what they are, by a name of hardware.py, so that a run that cannot fit them is refused before the queue.
         max_restarts: how often in a row a run may end without a new checkpoint before nobody starts it again.
         env: names of variables whose values travel to the ranks. setup: shell lines that run before them.
         notice: seconds before the time limit at which the ranks are told to save.
@@ -36,6 +37,7 @@ class Spec:
     profile: str | None = None
     nodes: int = 1
     gpus_per_node: int = 0
+    gpu: str | None = None
     ranks_per_node: int | None = None
     cpus_per_rank: int | None = None
     max_restarts: int = 3
