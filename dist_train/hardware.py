@@ -55,8 +55,8 @@ def device(name: str) -> Device:
     """The device of this name; UserError with the nearest one."""
     if name not in DEVICES:
         raise UserError(
-            f"--gpu {name}: not known{nearest(name, DEVICES)} (there are {', '.join(DEVICES)});"
-            " or give --tflops, --memory and --bandwidth"
+            f"--gpu {name}: not known{nearest(name, DEVICES)} (there are {', '.join(DEVICES)};"
+            " for others `plan` takes --tflops, --memory and --bandwidth)"
         )
     return DEVICES[name]
 

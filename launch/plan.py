@@ -11,6 +11,7 @@ from dist_train.launch.output import Json, Settings, answer
 
 if TYPE_CHECKING:
     from dist_train.hardware import Device
+    from dist_train.recipe import Recipe
 
 GIB = 2**30
 
@@ -35,21 +36,39 @@ def plan(
         float | None, typer.Option(min=0.001, help="To other GPUs, GB/s, one way.")
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour.")] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="For whom the job is rendered; by default as `launch:` says, or slurm for several nodes."
+        ),
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Foresee memory, traffic, hours and cost of a run on GPUs that are not here."""
+    """Foresee memory, traffic, hours and cost of a run on GPUs that are not here, and show its job."""
     from dist_train.hardware import device
     from dist_train.plan import plan as foresee
     from dist_train.recipe import Recipe
 
     loaded = Recipe.load(recipe, settings or ())
     chosen = _own(device(gpu), gpu, tflops, memory, bandwidth, link)
-    answer(
-        as_json,
-        lambda: foresee(loaded, chosen, nodes=nodes, per_node=gpus_per_node, price=price),
-        show=show,
-    )
+
+    def work() -> dict[str, Any]:
+        found = foresee(loaded, chosen, nodes=nodes, per_node=gpus_per_node, price=price)
+        return found | {"job": job(loaded, on, nodes, gpus_per_node)}
+
+    answer(as_json, work, show=show)
+
+
+def job(recipe: Recipe, on: str | None, nodes: int, gpus_per_node: int) -> dict[str, Any]:
+    """What `launch --dry-run` would show: {"run_dir", "on", "files"}."""
+    from dist_train.launch.jobs import prepare
+    from dist_train.launch.spec import make_spec
+
+    if on is None and nodes > 1 and make_spec(recipe.launch, {}).on == "local":
+        on = "slurm"
+    flags = {"on": on, "nodes": nodes, "gpus_per_node": gpus_per_node}
+    return prepare(recipe, flags, None, dry_run=True).describe()
 
 
 def _own(
@@ -132,6 +151,8 @@ def show(result: dict[str, Any]) -> None:
         "at best: each operation at the roofline of arithmetic and memory, traffic hidden behind it",
         style="dim",
     )
+    for path, content in result["job"]["files"].items():
+        say(f"\n# the job of launch --on {result['job']['on']}: {path}\n{content.rstrip()}")
 
 
 def size(number: float) -> str:

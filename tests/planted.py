@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.callbacks import Callback
+from dist_train.objectives.classification import Classification
 
 
 class WrongLossScale(Callback):
@@ -49,6 +50,14 @@ class UnseededDropout(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         kept = torch.from_numpy(self.draws.random(image.shape) > 0.1)
         return self.linear((image * kept).flatten(1))
+
+
+class Loud(Classification):
+    """No bug: a loss so large that fp16 gradients overflow until the loss scale has come down."""
+
+    def loss(self, *arguments: Any) -> Any:
+        loss, logged = super().loss(*arguments)
+        return 200.0 * loss, logged
 
 
 class NoBug(Callback):

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cases
+import plan_cases
 import pytest
 
+from dist_train import run
 from dist_train.errors import UserError
+from dist_train.footprint import RESERVED, rank_memory
+from dist_train.hardware import DEVICES
 from dist_train.launch.jobs import members, prepare
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import Spec, make_spec
 from dist_train.recipe import Recipe
+from dist_train.tracing import foresee
 
 
 @pytest.fixture
@@ -117,6 +123,50 @@ def test_data_and_disk_are_checked(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="no folder"):
         prepare(recipe, {}, tmp_path / "file" / "run", dry_run=True)
+
+
+def test_what_cannot_fit_is_refused_with_what_would(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = plan_cases.large("transformer", tiny_data, 4, "ddp").set("model.dim", 512)
+    recipe = recipe.set("callbacks.checkpoint", {"keep": 3})
+    step, _ = foresee(recipe, run.build_one, micro_batches=2)
+    needs = {
+        name: sum(rank_memory(step, {"name": name}, 2, 2).values()) for name in ("ddp", "zero2")
+    }
+    flags = {"ranks_per_node": 2, "gpu": "h100"}
+    small = replace(DEVICES["h100"], memory=needs["zero2"] / (1 - RESERVED) / 2**30)
+    with monkeypatch.context() as patched:
+        patched.setitem(DEVICES, "h100", small)
+        with pytest.raises(UserError) as caught:
+            prepare(recipe, flags, tmp_path / "run")
+        for word in (
+            "under ddp, and a GPU (h100) has",
+            "strategy zero2 or data.micro_batch 2 would",
+        ):
+            assert word in str(caught.value)
+        prepare(recipe.set("strategy", "zero2"), flags, tmp_path / "run")
+        prepare(recipe.set("data.micro_batch", 2), flags, tmp_path / "run")
+    weights = sum(step.weights.values())
+    monkeypatch.setattr("dist_train.launch.preflight.MAX_BYTES", 0)
+    # adamw triples the weights; three checkpoints are kept, and the next is whole before the oldest goes
+    free = 4 * 3 * weights - 1
+    monkeypatch.setattr("dist_train.launch.preflight.free_bytes", lambda path: free)
+    with pytest.raises(UserError, match=r"bytes free, expected .*: 4 checkpoints of"):
+        prepare(recipe, flags, tmp_path / "run")
+    with pytest.raises(UserError, match="did you mean 'h100'"):
+        prepare(recipe, {"gpu": "h10"}, tmp_path / "run", dry_run=True)
+
+
+def test_a_dry_run_needs_no_torch(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(cases.tiny_recipe("resnet", tiny_data).to_yaml())
+    code = (
+        "import sys; from dist_train.launch.cli import main\n"
+        "code = main(['launch', 'tiny.yaml', '--on', 'slurm', '--gpu', 'h100', '--dry-run'])\n"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, cwd=tmp_path)
+    assert done.returncode == 0
 
 
 def test_the_snapshot_is_code_and_no_more(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import cases
 import plan_cases
 import pytest
+import torch
+from torch import nn
 
 from dist_train import footprint, run
 from dist_train.auto import resolve
@@ -109,6 +111,25 @@ def test_auto_is_resolved_before_the_run(tiny_data: Path, tmp_path: Path) -> Non
     assert Recipe.load(tmp_path / "run").strategies["critic"] == {"name": "ddp"}
 
 
+def test_auto_foresees_the_module_that_is_given(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe of a tiny network and a module of 8 MB in its place: what does not fit is the module, which is not
+    touched by the foreseen step; where it fits, it is what is trained."""
+    recipe = cases.tiny_recipe("resnet", tiny_data, duration="1 steps", strategy="auto")
+    recipe = recipe.set("callbacks", {})
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 32_000), nn.Linear(32_000, 10))
+    before = [p.clone() for p in module.parameters()]
+    with monkeypatch.context() as small:
+        small.setattr("dist_train.auto.rank_limit", lambda world: 16e6)
+        run.train(recipe, run_dir=tmp_path / "tiny")
+        with pytest.raises(UserError, match=r"strategy: auto: a rank has 0\.0 GiB"):
+            run.train(recipe, run_dir=tmp_path / "large", model=module)
+    assert all(torch.equal(p, was) for p, was in zip(module.parameters(), before, strict=True))
+    run.train(recipe, run_dir=tmp_path / "fits", model=module)
+    assert not torch.equal(next(iter(module.parameters())), before[0])
+
+
 def test_auto_says_what_is_missing(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_train.auto.rank_limit", lambda world: 1000.0)
     with pytest.raises(UserError, match=r"strategy: auto: a rank has 0\.0 GiB"):
@@ -127,6 +148,8 @@ def test_the_command(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["batch"] == "24 = 6 x 2 ranks x 2 accumulation"
     assert found["steps"] == 20 and found["auto"] == "ddp"
     assert found["learning_rate"]["critic"][0] < found["learning_rate"]["critic"][1]
+    assert found["job"]["on"] == "slurm"
+    assert "#SBATCH --nodes=2\n" in found["job"]["files"]["job.sbatch"]
     assert found["cost"] == pytest.approx(found["hours"] * 2 * 2)
     ddp = found["strategies"][0]
     trained = 4 * (found["parameters"]["critic"] + found["parameters"]["generator"] / 2)

@@ -12,7 +12,8 @@ import pytest
 
 from dist_train.launch.cli import main
 from dist_train.testing import spawn_ranks
-from dist_train.verify import verdict
+from dist_train.verify import parity, verdict
+from dist_train.world import World
 
 STEPS = 3
 BUGS = {  # bug: (model, strategy, what differs first, part of the cause)
@@ -77,6 +78,21 @@ def test_the_bound_follows_the_floor() -> None:
     for difference, low in ((float("nan"), 0.0), (0.1, 0.1)):  # the second: no floor is so high
         name = "0/loss/model"
         assert verdict.judge({name: [difference, 1.0]}, {name: [low, 1.0]})[0].broken
+
+
+def test_steps_whose_fp16_gradients_overflow_are_the_same_and_do_not_count(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="single", precision="fp16")
+    recipe = recipe.set("objective", {"name": "planted:Loud"}).set("callbacks", {})
+    with parity.trainer_of(recipe, World(), tmp_path / "reference") as trainer:
+        parity.write_reference(trainer, 2)
+        skipped = trainer.engines["model"].loss_scale.skipped
+        assert skipped > 0 and trainer.step == 2 + skipped
+    with parity.trainer_of(recipe, World(), tmp_path / "again") as trainer:
+        found = parity.step_locked(trainer, tmp_path / "reference", 2 + skipped)
+    assert sum("overflowed" in name for name in found) == skipped
+    assert all(difference == 0 for difference, _ in found.values())
 
 
 def test_the_command_proves_a_recipe_with_parts_of_its_own(

@@ -31,6 +31,8 @@ Differences = dict[str, list[float]]
 
 SMALL = 0.01
 """Below this share of the whole a tensor is measured against that share: what cancels to almost 0 is rounding."""
+OVERFLOWS = 20
+"""So many steps at most are added because fp16 gradients overflow while the loss scale finds its place."""
 ROUNDING = 2.0**-23
 """Storing a weight in fp32 rounds it by at most half of this, relative to its size."""
 
@@ -125,12 +127,15 @@ def watch(trainer: Trainer, callback: Callback) -> None:
 def write_reference(trainer: Trainer, steps: int) -> list[float]:
     """Train `steps` steps; keep each state and what was computed from it. Returns the losses, player by player.
 
-    `checkpoints/` then holds the states 0 to `steps`, `step-N.safetensors` the samples, losses and gradients of step N.
+    Steps in which fp16 gradients overflow prove little and come beside those. `checkpoints/` then holds the states 0 to
+    `trainer.step`, `step-N.safetensors` the samples, losses and gradients of step N.
     """
     kept, losses = Gradients(), Losses()
     watch(trainer, losses)
     watch(trainer, kept)
-    for step in range(steps):
+    longest = min(trainer.total_steps, steps + OVERFLOWS)
+    while trainer.step < min(longest, steps + _overflows(trainer)):
+        step = trainer.step
         trainer.save()
         trainer.train(until=step + 1)
         tensors: dict[str, Tensor] = {
@@ -143,6 +148,12 @@ def write_reference(trainer: Trainer, steps: int) -> list[float]:
         save_file(tensors, trainer.directory.path / f"step-{step}.safetensors")
     trainer.save()
     return losses.losses
+
+
+def _overflows(trainer: Trainer) -> int:
+    """In how many turns so far gradients overflowed, of the player who had most of them."""
+    scales = (engine.loss_scale for engine in trainer.engines.values())
+    return max((scale.skipped for scale in scales if scale), default=0)
 
 
 def state_at(reference: Path, step: int) -> checkpoint.Reader:
@@ -226,6 +237,9 @@ def _turn_differences(step: str, i: int, turn: Taken, expected: dict[str, Tensor
         for name, gradient in turn.gradients.items()
     }
     norms = {name: float(true.norm()) for name, true in truths.items()}
+    if not all(map(math.isfinite, norms.values())):  # which under fp16 only changes the loss scale
+        finite = all(bool(gradient.isfinite().all()) for gradient in turn.gradients.values())
+        return found | {f"{step}/gradient/{turn.player}, overflowed": [float(finite), 1.0]}
     for name, gradient in turn.gradients.items():
         true = truths[name]
         scale = max(norms[name], SMALL * math.hypot(*norms.values()))

@@ -22,6 +22,7 @@ def reference(plain: Plain, folder: str, steps: int) -> dict[str, Any]:
     with parity.trainer_of(recipe, world, here / "reference") as trainer:
         steps = min(steps, trainer.total_steps)
         losses = parity.write_reference(trainer, steps)
+        steps = trainer.step
     with parity.trainer_of(recipe, world, here / "floor", "reversed") as trainer:
         parity.watch(trainer, parity.Rounded())
         floor = parity.free_running(trainer, here / "reference", steps, losses)
