@@ -45,7 +45,7 @@ def main() -> None:
         opened = time.perf_counter() - start
         gc.collect()
         after = resident()
-        print(f"{len(shards):,} samples in {options.shards:,} shards: opened in {opened:.1f} s")
+        print(f"{len(shards):,} samples in {options.shards:,} shards: opened in {opened:.2f} s")
         print(f"memory: {after:,.0f} MB, of which the index {after - before:,.0f} MB")
         for shuffle in ("global", "window"):
             order = shards.order(0, 256, shuffle=shuffle, streams=64)
@@ -71,7 +71,7 @@ def _write(folder: Path, shards: int, samples: int) -> None:
         for n in range(shards)
     ]
     index = Index("set", {"x.npy": Field("x", "array", "uint8", [3072])}, {"train": made})
-    (folder / "index.json").write_text(index.to_json())
+    index.save(folder)
 
 
 if __name__ == "__main__":

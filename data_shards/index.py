@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_train.data_shards.publish import publish
+from dist_train.data_shards.shard_table import LARGE, Shard, ShardTable, samples_of, to_npy
 from dist_train.errors import UserError, nearest
 
 VERSION = 1
+Find = Callable[[str, str, int], Path]
+"""From (name, SHA-256, size) of a file to where it is on this machine."""
 
 
 @dataclass
@@ -27,17 +33,6 @@ class Field:
     dtype: str | None = None
     shape: list[int | None] | None = None
     raw: bool = False
-
-
-@dataclass
-class Shard:
-    """One tar, and the digest of its table of offsets (the sidecar)."""
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-    offsets_sha256: str
 
 
 @dataclass
@@ -63,7 +58,7 @@ class Index:
 
     name: str
     fields: dict[str, Field]
-    splits: dict[str, list[Shard]]
+    splits: dict[str, Sequence[Shard]]
     classes: list[str] = field(default_factory=list)
     statistics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     vocabulary: int | None = None
@@ -96,10 +91,13 @@ class Index:
         return first_index(folder, on_damage)
 
     @classmethod
-    def read(cls, folder: Path) -> Index:
-        """Read `index.json` alone, without a look at the tars; it must be as it was written."""
+    def read(cls, folder: Path, find: Find | None = None) -> Index:
+        """Read `index.json` alone, without a look at the tars; it must be as it was written.
+
+        `find` gives the files of large splits, which else stand beside it.
+        """
         path = folder / "index.json"
-        index = cls.parse(path)
+        index = cls.parse(path, find)
         if path.read_text(encoding="utf-8") != index.to_json():
             raise UserError(
                 f"{path}: changed since it was written (if that is meant: dist-train shards index {folder})"
@@ -107,36 +105,55 @@ class Index:
         return index
 
     @classmethod
-    def parse(cls, path: Path) -> Index:
+    def parse(cls, path: Path, find: Find | None = None) -> Index:
         """What an `index.json` says, even if someone has changed it."""
+
+        def listed(shards: Any) -> Sequence[Shard]:
+            if isinstance(shards, list):
+                return [Shard(**shard) for shard in shards]
+            name, sha256, size = str(shards["file"]), str(shards["sha256"]), int(shards["bytes"])
+            if Path(name).name != name:
+                raise UserError(f"{path}: '{name}' leads out of the folder")
+            file = path.parent / name if find is None else find(name, sha256, size)
+            return ShardTable.load(file, sha256)
+
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["version"] != VERSION:
                 raise UserError(f"{path}: version {data['version']}; this program reads {VERSION}")
             del data["digest"]
             data["fields"] = {suffix: Field(**spec) for suffix, spec in data["fields"].items()}
-            data["splits"] = {
-                split: [Shard(**shard) for shard in shards]
-                for split, shards in data["splits"].items()
-            }
+            data["splits"] = {split: listed(shards) for split, shards in data["splits"].items()}
             data["left_out"] = [LeftOut(**lost) for lost in data["left_out"]]
             index = cls(**data)
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}: not an index of shards ({error!r}); dist-train shards index {path.parent} makes one"
             ) from error
-        for shard in index.shards():
-            if Path(shard.file).name != shard.file:
-                raise UserError(f"{path}: '{shard.file}' leads out of the folder")
+        for shards in index.splits.values():
+            for shard in shards if isinstance(shards, list) else ():
+                if Path(shard.file).name != shard.file:
+                    raise UserError(f"{path}: '{shard.file}' leads out of the folder")
         return index
 
-    def shards(self) -> list[Shard]:
-        """The shards of all splits."""
-        return [shard for shards in self.splits.values() for shard in shards]
+    def save(self, folder: Path) -> None:
+        """Write `index.json`, and the shards of large splits beside it."""
+        for split, shards in self.splits.items():
+            if len(shards) > LARGE and not isinstance(shards, ShardTable):
+                path, content = folder / f"index.{split}.npy", to_npy(shards)
+                publish(path, content)
+                self.splits[split] = ShardTable.load(path, hashlib.sha256(content).hexdigest())
+        publish(folder / "index.json", self.to_json().encode())
 
-    def split(self, split: str) -> list[Shard]:
+    def shards(self) -> Iterator[Shard]:
+        """The shards of all splits."""
+        return itertools.chain.from_iterable(self.splits.values())
+
+    def split(self, split: str) -> Sequence[Shard]:
         """The shards of one split."""
         if split not in self.splits:
             known = ", ".join(self.splits)
@@ -147,7 +164,7 @@ class Index:
 
     def samples(self, split: str) -> int:
         """How many samples a split has."""
-        return sum(shard.samples for shard in self.split(split))
+        return int(samples_of(self.split(split)).sum())
 
     def misfits(self, folder: Path) -> list[str]:
         """What differs between the index and the files of `folder`, as far as names and sizes tell."""
@@ -177,7 +194,8 @@ class Index:
         return hashlib.sha256(values.encode()).hexdigest()
 
     def _values(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, splits={}))
+        values["splits"] = {split: _listed(split, shards) for split, shards in self.splits.items()}
         for spec in values["fields"].values():
             if not spec["raw"]:
                 del spec["raw"]
@@ -203,6 +221,12 @@ class Index:
         if self.vocabulary is not None:
             known["vocab_size"] = self.vocabulary
         return known
+
+
+def _listed(split: str, shards: Sequence[Shard]) -> Any:
+    if not isinstance(shards, ShardTable):
+        return [dataclasses.asdict(shard) for shard in shards]
+    return {"file": f"index.{split}.npy", "bytes": shards.size, "sha256": shards.sha256}
 
 
 def sidecar(shard: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def finish_index(
     if decode_all:
         _leave_out(folder, index, strict=left_out is None)
     survey(folder, index)
-    publish(folder / "index.json", index.to_json().encode())
+    index.save(folder)
     return index
 
 
@@ -274,7 +275,7 @@ def check(folder: str | Path) -> list[str]:
     return found
 
 
-def _splits(index: Index | None) -> list[tuple[str, list[Shard]]]:
+def _splits(index: Index | None) -> list[tuple[str, Sequence[Shard]]]:
     return [] if index is None else list(index.splits.items())
 
 

@@ -13,6 +13,7 @@ from dist_train.data_shards.index import Field, Index, Shard
 from dist_train.data_shards.mapped import MappedShards
 from dist_train.data_shards.order import Order, default_streams
 from dist_train.data_shards.pictures import decode_picture
+from dist_train.data_shards.shard_table import samples_of
 from dist_train.data_shards.storage import Bucket, Folder, Storage
 from dist_train.errors import UserError, nearest
 
@@ -35,7 +36,7 @@ class Shards:
         self.fields = {
             spec.name: (k, suffix) for k, (suffix, spec) in enumerate(self.index.fields.items())
         }
-        self.sizes = np.array([shard.samples for shard in self.shards], np.int64)
+        self.sizes = samples_of(self.shards)
         self._stops = np.cumsum(self.sizes)
         self._mapped = MappedShards(self.storage, self.shards, len(self.fields))
 

@@ -95,8 +95,12 @@ class Bucket:
         folder = self.cache.folder / "indexes" / hashlib.sha256(content).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
         publish(folder / "index.json", content)
+
+        def find(name: str, sha256: str, size: int) -> Path:
+            return self.cache.path(f"{self._index}/{name}", sha256, size)
+
         try:
-            return Index.read(folder)
+            return Index.read(folder, find)
         except UserError as error:
             raise UserError(f"{self._index}: {error}") from error
 

@@ -45,5 +45,5 @@ def train_tokenizer(
     tokenizer = tokens.train(kind, contents(), vocab_size)
     publish(folder / tokens.FILE, tokenizer.to_json().encode())
     index.tokenizer, index.vocabulary = sha256(folder / tokens.FILE), tokenizer.vocabulary
-    publish(folder / "index.json", index.to_json().encode())
+    index.save(folder)
     return index

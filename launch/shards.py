@@ -140,7 +140,7 @@ def _described(path: Path, made: Any) -> dict[str, Any]:
     return {
         "path": str(path),
         "samples": {split: made.samples(split) for split in made.splits},
-        "shards": len(made.shards()),
+        "shards": sum(map(len, made.splits.values())),
         "bytes": sum(shard.bytes for shard in made.shards()),
         **made.describe(),
         "licence": made.licence,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 
 from dist_train.data import RunData
 from dist_train.data_shards.cache import Cache
+from dist_train.data_shards.index import Index
 from dist_train.data_shards.prefetch import Prefetch, first_needs
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.remote import Patience, check_address
@@ -308,3 +310,19 @@ def test_sizes() -> None:
     for size in ("64", "0 GiB", "-1 GiB", "GiB", "1.5 GiB"):
         with pytest.raises(UserError, match="expected one like"):
             bytes_of(size)
+
+
+def test_the_shards_of_a_large_split_are_fetched_too(server: Server, tmp_path: Path) -> None:
+    """Another content than the index names, and then the right one."""
+    index = Index.read(server.folder)
+    copy = tmp_path / "copy"
+    shutil.copytree(server.folder, copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dist_train.data_shards.index.LARGE", 3)
+        index.save(copy)
+    server.folder = copy
+    server.faults = {"index.train.npy": ["lie"]}
+    shards = Shards.remote(bucket(server, tmp_path), "train")
+    assert server.asked["index.train.npy"] == 2 and server.asked["index.json"] == 1
+    assert pictures(shards, np.arange(60)) == list(range(60))
+    assert shards.index == Index.read(copy) and len(shards.needs(np.arange(60))) == 10

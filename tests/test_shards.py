@@ -19,6 +19,7 @@ from dist_train.data_shards.decode import decode_npy, encode
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.indexing import check, index_shards, split_of_file
 from dist_train.data_shards.reader import Shards
+from dist_train.data_shards.shard_table import ShardTable
 from dist_train.data_shards.sources import locate, pack
 from dist_train.data_shards.sources.named.python_text import python_text
 from dist_train.data_shards.sources.pictures import image_folder
@@ -93,6 +94,42 @@ def test_same_samples_same_bytes(folder: Path, tmp_path: Path) -> None:
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert Index.load(folder).fingerprint == Index.load(tmp_path / "again").fingerprint
+
+
+def test_shards_of_a_large_split_stand_in_a_file_of_columns(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dist_train.data_shards.index.LARGE", 3)
+    folder, plain = tmp_path / "set", tmp_path / "plain"
+    made = write_shards(folder, "set", [*rows(), *rows(5, "test")], shard_size=5)
+    monkeypatch.undo()
+    write_shards(plain, "set", [*rows(), *rows(5, "test")], shard_size=5)
+    index, listed = Index.load(folder), Index.load(plain)
+    assert isinstance(index.split("train"), ShardTable) and isinstance(index.split("test"), list)
+    assert index == made == listed and index.fingerprint == made.fingerprint
+    assert index.samples("train") == 24 and index.split("train")[-1].samples == 4
+    assert list(index.shards()) == list(listed.shards()) and check(folder) == []
+    ours, theirs = Shards(folder, "train"), Shards(plain, "train")
+    ids = np.arange(24)
+    assert np.array_equal(ours.column("image", ids), theirs.column("image", ids))
+    path = folder / "index.train.npy"
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        with error("index.train.npy: not the table of shards that index.json names"):
+            Index.load(folder)
+    path.write_bytes(whole)
+    values = json.loads((folder / "index.json").read_text())
+    table = np.load(path)
+    table["file"][0] = b"../x.tar"
+    for name, content, said in (
+        ("index.train.npy", encode("npy", table), "holds no names of files"),
+        ("../index.train.npy", whole, "leads out of the folder"),
+    ):
+        path.write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        values["splits"]["train"] |= {"file": name, "sha256": digest}
+        (folder / "index.json").write_text(json.dumps(values))
+        with error(said):
+            Index.load(folder)
 
 
 def test_few_shards_stay_open(folder: Path) -> None:

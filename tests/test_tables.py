@@ -148,7 +148,7 @@ def test_a_web_dataset_is_packed_again(tmp_path: Path) -> None:
     ]
     write_shards(tmp_path / "a", "a", rows, classes=["no", "yes"], licence="MIT", shard_size=4)
     index = pack(tmp_path / "a", tmp_path / "b", shard_size=100)
-    assert (index.classes, index.licence, len(index.shards())) == (["no", "yes"], "MIT", 2)
+    assert (index.classes, index.licence, len(list(index.shards()))) == (["no", "yes"], "MIT", 2)
     for split in ("train", "extra"):
         assert samples(tmp_path / "a", split) == samples(tmp_path / "b", split)
     pack(tmp_path / "a", tmp_path / "c", fields="cls,words.txt=txt")
