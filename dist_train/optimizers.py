@@ -27,8 +27,8 @@ def sgd(
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum: v = momentum v + g, w = w - learning_rate v.
 
-    With `nesterov` w moves by g + momentum v instead of v. `weight_decay` adds weight_decay w to g,
-    in groups that have no decay of their own.
+    With `nesterov` w moves by g + momentum v instead of v. `weight_decay` adds weight_decay w to g, in groups that have
+    no decay of their own: the gradient of a Gaussian prior over w of variance 1 / weight_decay, beside a mean loss.
     """
     return torch.optim.SGD(
         groups,

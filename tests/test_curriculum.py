@@ -34,14 +34,25 @@ def together(tiny_data: Path, folder: Path, alone: dict[str, Any]) -> dict[str, 
     return spawn_ranks(2, curriculum.together, str(tiny_data), str(folder), timeout=250)[0]
 
 
-def test_every_registered_part_is_here() -> None:
-    models, objectives = set(), set()
-    for case in curriculum.CASES.values():
+PLAYERS_OF = {
+    "classification": curriculum.ON_IMAGES,
+    "regression": curriculum.ON_IMAGES,
+    "language_modelling": ["transformer"],
+    "wgan_gp": ["conv_generator-conv_critic"],
+}
+"""The models that give what an objective takes: a vector a picture, logits a token, a picture and its score."""
+
+
+def test_every_registered_model_is_trained_by_every_objective_that_can() -> None:
+    assert set(PLAYERS_OF) == set(CATALOGUE["objective"])
+    named = {name for models in PLAYERS_OF.values() for one in models for name in one.split("-")}
+    assert named == set(CATALOGUE["model"])
+    pairs = {f"{model}-{objective}" for objective, models in PLAYERS_OF.items() for model in models}
+    assert pairs == set(curriculum.CASES)
+    for name, case in curriculum.CASES.items():
         networks = [case["model"]] if "name" in case["model"] else case["model"].values()
-        models |= {network["name"] for network in networks}
-        objectives.add(case["objective"]["name"])
-    assert models == set(CATALOGUE["model"])
-    assert objectives == set(CATALOGUE["objective"])
+        parts = [*(network["name"] for network in networks), case["objective"]["name"]]
+        assert "-".join(parts) == name
 
 
 @every_case
