@@ -1,6 +1,6 @@
 """The experiments of docs/course that are more than one figure of a recipe: prints their tables, draws their plots.
 
-    python benchmarks/course.py [initialisation | landscape | modes | schedules | similarity ...]
+    python benchmarks/course.py [initialisation | landscape | modes | schedules | similarity | variance ...]
 
 Without a name it does all; two minutes on two cores.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train import plots, run, schedules
-from dist_train.data import data_folders
+from dist_train import plots, run, schedules, trained
+from dist_train.data import data_folders, evaluation_batches
 from dist_train.data_shards.reader import Shards
 from dist_train.landscape import landscape as measure_landscape
 from dist_train.recipe import Recipe
@@ -149,12 +149,39 @@ def similarity(scratch: Path) -> None:
     shutil.copy(max(folder.glob("similarity-*.png")), IMAGES / "course-similarity.png")
 
 
+def variance(scratch: Path) -> None:
+    """F2: is a predicted variance better than one for all, patient by patient? That one is fitted to the very split."""
+    constant = ["objective.variance=fixed", "model.num_outputs=1"]
+    predicted = _outputs(train("regression-diabetes", [], scratch / "predicted"))["nll"]
+    fixed = _outputs(train("regression-diabetes", constant, scratch / "constant"))
+    squares = (fixed["prediction"] - fixed["target"]).square().squeeze(1)
+    nll = 0.5 * ((2 * torch.pi * squares.mean()).log() + squares / squares.mean())
+    gain = nll - predicted
+    error = float(gain.std()) / len(gain) ** 0.5
+    figures = [float(nll.mean()), float(predicted.mean()), float(gain.mean()), error]
+    head = ["patients", "one variance", "predicted", "gain", "standard error"]
+    table(head, [str(len(gain)), *(f"{figure:.3f}" for figure in figures)])
+
+
+def _outputs(run_dir: Path) -> dict[str, torch.Tensor]:
+    """What a trained regression says of each sample of the test split, in its own units, float64."""
+    trainer = trained.restore(run_dir)
+    networks = trainer.view()
+    batches = evaluation_batches(trainer.recipe, trainer.world, "test")
+    parts = [(trainer.objective.evaluate(networks, micro), micro.real) for micro in batches]
+    return {
+        name: torch.cat([part[name][:real] for part, real in parts]).double()
+        for name in ("nll", "prediction", "target")
+    }
+
+
 EXPERIMENTS: dict[str, Callable[[Path], None]] = {
     "initialisation": initialisation,
     "landscape": landscape,
     "modes": modes,
     "schedules": schedules_,
     "similarity": similarity,
+    "variance": variance,
 }
 
 

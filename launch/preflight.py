@@ -22,6 +22,7 @@ def check_recipe(recipe: Recipe, spec: Spec, *, dry_run: bool) -> None:
     A dry run looks at files only: it packs nothing, asks no network, and imports no part (and with them torch).
     """
     check_shares(recipe, spec)
+    check_placement(recipe, spec)
     if spec.gpu is not None:
         device(spec.gpu)
     if dry_run:
@@ -102,6 +103,16 @@ def check_shares(recipe: Recipe, spec: Spec) -> None:
             f"{spec.nodes} nodes x {spec.local_ranks} ranks = {spec.ranks} ranks: data.global_batch"
             f" {recipe.data.global_batch} has {micro_batches} micro-batches of {recipe.data.micro_batch},"
             f" expected ranks that divide them: {', '.join(map(str, shown))}"
+        )
+
+
+def check_placement(recipe: Recipe, spec: Spec) -> None:
+    """A node must have the GPUs that its ranks take."""
+    needed = spec.local_ranks * recipe.devices
+    if spec.gpus_per_node and needed > spec.gpus_per_node and recipe.devices > 1:
+        raise UserError(
+            f"placement: {spec.local_ranks} ranks a node of {recipe.devices} GPUs each need {needed}, got"
+            f" {spec.gpus_per_node}; give --ranks-per-node {max(1, spec.gpus_per_node // recipe.devices)}"
         )
 
 

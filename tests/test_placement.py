@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_train import placement
 from dist_train.errors import UserError
+from dist_train.launch.preflight import check_placement
+from dist_train.launch.spec import Spec
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.resnet import ResNet
 from dist_train.recipe import Recipe
@@ -113,6 +115,13 @@ def test_parts_that_cannot_stand_elsewhere() -> None:
         placement.check(small(), {"column2": 1, "column2.conv1": 2})
     with pytest.raises(UserError, match=r"placement.stage1: holds BatchNorm2d, which keeps"):
         placement.check(ResNet(8), {"stage1": 1})
+
+
+def test_a_node_has_the_gpus_of_its_ranks(tiny_data: Path) -> None:
+    split = recipe(tiny_data, placement=SPLIT)
+    check_placement(split, Spec(gpus_per_node=4, ranks_per_node=2))
+    with pytest.raises(UserError, match="4 ranks a node of 2 GPUs each need 8, got 4; .*-node 2"):
+        check_placement(split, Spec(gpus_per_node=4))
 
 
 def test_fewer_gpus_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
