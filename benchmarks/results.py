@@ -235,6 +235,11 @@ PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
         ("AlexNet",),
         (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
     ),
+    "course-clipping": (
+        "step",
+        ("AlexNet",),
+        (("gradient_norm", "norm of the gradient"), ("suggested_norm", "suggested bound")),
+    ),
     "course-depth": (
         "epoch",
         ("plain 20", "plain 56", "residual 20", "residual 56"),

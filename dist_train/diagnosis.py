@@ -138,14 +138,16 @@ def rate_too_low(rows: Rows) -> Finding | None:
 
 
 def plateau(rows: Rows) -> Finding | None:
-    """The loss fell and then stood still for half of the run, at a learning rate that did not fall."""
+    """The loss fell and then stood still for half of the run, not near 0, at a learning rate that did not fall."""
     blocks = _blocks(rows)
     rates = [value for _, value in curve(rows, "learning_rate")]
     if not blocks or not rates:
         return None
     fell = blocks[0] - min(blocks)
     still = max(blocks[BLOCKS // 2 :]) - min(blocks[BLOCKS // 2 :])
-    if fell > 0.1 * abs(blocks[0]) and still < 0.03 * fell and rates[-1] > 0.5 * max(rates):
+    done = abs(blocks[-1]) < 0.02 * abs(blocks[0])
+    constant = rates[-1] > 0.5 * max(rates)
+    if fell > 0.1 * abs(blocks[0]) and still < 0.03 * fell and constant and not done:
         return Finding(
             "plateau",
             f"A plateau: the loss has stood at {number(blocks[-1])} for half of the run, at a constant learning rate.",

@@ -72,6 +72,11 @@ def names(made: list[dict[str, Any]]) -> list[str]:
 
 def test_a_healthy_run_is_left_alone() -> None:
     assert names(rows(**HEALTHY)) == []
+    learnt: dict[str, Figure] = {
+        "loss": lambda t: 0.001 + 2.3 * math.exp(-30 * t),
+        "learning_rate": lambda t: 0.1,
+    }
+    assert names(rows(**learnt)) == []  # it stands still because nothing is left to learn
     assert diagnose([]) == []
     assert names([{"step": 1, "loss": 2.0}]) == []
 

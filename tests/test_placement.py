@@ -120,7 +120,7 @@ def test_parts_that_cannot_stand_elsewhere() -> None:
 def test_a_node_has_the_gpus_of_its_ranks(tiny_data: Path) -> None:
     split = recipe(tiny_data, placement=SPLIT)
     check_placement(split, Spec(gpus_per_node=4, ranks_per_node=2))
-    with pytest.raises(UserError, match="4 ranks a node of 2 GPUs each need 8, got 4; .*-node 2"):
+    with pytest.raises(UserError, match=r"4 ranks a node of 2 GPUs each need 8, got 4; .*-node 2"):
         check_placement(split, Spec(gpus_per_node=4))
 
 
