@@ -11,6 +11,7 @@ run keep the line that they have.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ PLAIN, DEEP, UNIT = "model.shortcut=none", "model.depth=56", "objective.variance
 SCRATCH = ("weights=null", "optimizer.groups=[]")
 WHOLE = ("data.global_batch=4096", "data.micro_batch=1024")
 OPTIMISERS: dict[str, tuple[str, ...]] = {
-    "gradient descent, all samples a step": (*WHOLE, "optimizer.learning_rate=0.3"),
+    "gradient descent, all samples a step": (*WHOLE, "optimizer.learning_rate=0.1"),
     "mini-batch SGD": ("optimizer.learning_rate=0.3",),
     "momentum": ("optimizer.learning_rate=0.03", "optimizer.momentum=0.9"),
     "Nesterov": (
@@ -73,7 +74,10 @@ class Row:
 
     @property
     def command(self) -> str:
-        return " ".join([self.recipe, *(f"--set {setting}" for setting in self.settings)])
+        settings = [f"--set {shlex.quote(setting)}" for setting in self.settings]
+        return " ".join(
+            [self.recipe, *settings, *(["--set weights.from=RUN"] if self.trunk else [])]
+        )
 
 
 ROWS = (
@@ -115,7 +119,7 @@ ROWS = (
         "regularisation-mnist",
         "mnist5k",
         "error",
-        ("optimizer.weight_decay=1e-3",),
+        ("optimizer.weight_decay=3e-3",),
     ),
     Row("F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=3e-4",)),
     Row("F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.3",)),
@@ -125,7 +129,7 @@ ROWS = (
         "regularisation-mnist",
         "mnist5k",
         "error",
-        ("callbacks.early_stopping.patience=5", "evaluate.best=loss", "evaluate.every=1 epoch"),
+        ("callbacks.early_stopping.patience=5",),
     ),
     Row(
         "C1",
@@ -252,11 +256,12 @@ PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     ),
 }
 """A plot: the x axis, the rows whose runs it shows, and its panels (figure, label)."""
+LOGARITHMIC = ("course-optimisers", "course-regularisation")
 
 
 def folder_of(row: Row, runs: Path, seed: int = 0) -> Path:
     """Rows with the same command share a run."""
-    name = row.command.replace(" --set ", "+").replace("=", "-").replace("/", "-")
+    name = "+".join([row.recipe, *row.settings]).replace("=", "-").replace("/", "-")
     return runs / (f"{name}+seed-{seed}" if seed else name)
 
 
@@ -336,7 +341,8 @@ def plot(runs: Path) -> None:
                 points = record.curve(figure)
                 curves[row] = ([at[step] for step, _ in points], [value for _, value in points])
             shown.append((label, curves))
-        plots.line_plot(ROOT / "docs" / "images" / f"{name}.png", shown, x_label=x)
+        file = ROOT / "docs" / "images" / f"{name}.png"
+        plots.line_plot(file, shown, x_label=x, log_y=name in LOGARITHMIC)
 
 
 def main() -> None:
