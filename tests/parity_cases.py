@@ -11,11 +11,14 @@ import torch
 from cases import Doubled, strategy
 from parity_models import CLIPS, FAMILIES, family_recipe
 
-from dist_train.verify import parity
+from dist_train.testing import spawn_ranks
+from dist_train.verify import parity, verdict
 from dist_train.world import World
 
 STEPS = 5
 BOUND = 1e-6
+TIMES_FLOOR = 3.0
+"""What is beyond the bound may be so many times its own floor."""
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FACTORS = (tuple(FAMILIES), STRATEGIES, (1, 2, 4), (1, 3), tuple(CLIPS))
 """Model, strategy, ranks, accumulation, clipping."""
@@ -48,6 +51,10 @@ def reference_name(case: Case) -> str:
     return f"{model}-{ranks * accumulation}-{clip}"
 
 
+def case_name(case: Case) -> str:
+    return "-".join(map(str, case))
+
+
 def references(cases: list[Case], data: str, folder: str) -> None:
     """What one process computes, for each number of micro-batches and clipping that the cases need."""
     for name, case in {reference_name(case): case for case in cases}.items():
@@ -56,25 +63,63 @@ def references(cases: list[Case], data: str, folder: str) -> None:
             parity.write_reference(trainer, STEPS)
 
 
-def grid(cases: list[Case], data: str, folder: str) -> dict[str, dict[str, float]]:
-    """Of each case in this world the largest difference by kind: loss, gradient, state (weights, moments, buffers,
-    memory)."""
+def grid(cases: list[Case], data: str, folder: str) -> dict[str, dict[str, Any]]:
+    """Of each case in this world the `worst` difference by kind (loss, gradient, state: weights, moments, buffers,
+    memory), and every one `beyond` the bound by its name."""
     world = World.join(group=True)
     found = {}
     for case in cases:
         model, name, ranks, accumulation, clip = case
         recipe = family_recipe(model, data, ranks * accumulation, clip)
         recipe = recipe.set("strategy", strategy(name))
-        where = "-".join(map(str, case))
-        with parity.trainer_of(recipe, world, Path(folder) / where) as trainer:
+        with parity.trainer_of(recipe, world, Path(folder) / case_name(case)) as trainer:
             differences = parity.step_locked(trainer, Path(folder) / reference_name(case), STEPS)
         worst: dict[str, float] = {}
         for full, (difference, _) in differences.items():
             kind = full.split("/")[1]
             worst[kind] = max(worst.get(kind, 0.0), difference)
-        found[where] = worst
+        beyond = {full: d for full, (d, _) in differences.items() if not d <= BOUND}
+        found[case_name(case)] = {"worst": worst, "beyond": beyond}
     world.leave()
     return found
+
+
+def floors(cases: list[Case], data: str, folder: str) -> dict[str, dict[str, float]]:
+    """By name of the reference what one process shows against itself, of every entry the larger of two: its
+    micro-batches summed in reverse, and every gradient moved by half a rounding."""
+    found: dict[str, dict[str, float]] = {}
+    for name, case in {reference_name(case): case for case in cases}.items():
+        recipe = family_recipe(case[0], data, case[2] * case[3], case[4])
+        found[name] = {}
+        for order in ("reversed", "forward"):
+            directory = Path(folder) / f"{name}-{order}"
+            with parity.trainer_of(recipe, World(), directory, order) as trainer:
+                if order == "forward":
+                    parity.watch(trainer, parity.Rounded())
+                differences = parity.step_locked(trainer, Path(folder) / name, STEPS)
+            for full, (difference, _) in differences.items():
+                found[name][full] = max(found[name].get(full, 0.0), difference)
+    return found
+
+
+def failures(
+    grid: dict[str, dict[str, Any]], data: str, folder: str
+) -> dict[str, dict[str, list[float]]]:
+    """Of each case that has anything beyond the bound: {entry: [difference, its floor]}, measured now."""
+    beyond = [case for case in GRID if grid.get(case_name(case), {}).get("beyond")]
+    floor = spawn_ranks(1, floors, beyond, data, folder, timeout=3600)[0] if beyond else {}
+    return {
+        case_name(case): {
+            full: [difference, floor[reference_name(case)].get(full, 0.0)]
+            for full, difference in grid[case_name(case)]["beyond"].items()
+        }
+        for case in beyond
+    }
+
+
+def within(difference: float, floor: float) -> bool:
+    """Whether a difference beyond the bound is rounding of what is itself ill-conditioned."""
+    return difference <= TIMES_FLOOR * min(floor, verdict.CEILING)
 
 
 def losses(precision: str, strategies: list[str], data: str) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import parity_cases
 import pytest
@@ -17,13 +18,15 @@ ROUNDING = 2.0**-6
 
 
 @pytest.fixture(scope="module")
-def grid(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+def grid(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     data, folder = str(tiny_data), str(tmp_path_factory.mktemp("grid"))
     spawn_ranks(1, parity_cases.references, CASES, data, folder, timeout=300)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for ranks in RANKS:
         mine = [case for case in CASES if case[2] == ranks]
         found |= spawn_ranks(ranks, parity_cases.grid, mine, data, folder, timeout=300)[0]
+    for name, entries in parity_cases.failures(found, data, folder).items():
+        found[name]["beyond"] = entries
     return found
 
 
@@ -34,11 +37,13 @@ def test_the_cover_is_pairwise() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_step_locked(grid: dict[str, dict[str, float]], case: Case) -> None:
-    """Samples, losses, gradients, and all that each of five steps leaves."""
-    found = grid["-".join(map(str, case))]
-    assert {"samples", "loss", "gradient", "state"} <= set(found)
-    assert max(found.values()) <= BOUND, found
+def test_step_locked(grid: dict[str, dict[str, Any]], case: Case) -> None:
+    """Samples, losses, gradients, and all that each of five steps leaves, to 1e-6 or near its own floor."""
+    found = grid[parity_cases.case_name(case)]
+    assert {"samples", "loss", "gradient", "state"} <= set(found["worst"])
+    assert max(found["worst"].values()) <= BOUND or found["beyond"], found
+    for entry, (difference, floor) in found["beyond"].items():
+        assert parity_cases.within(difference, floor), (entry, difference, floor)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import contextlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,9 @@ def step_locked(trainer: Trainer, reference: Path, steps: int) -> Differences:
             same = expected[f"ids/{micro.index}"].tolist() == micro.ids.tolist()
             mine[f"{step}/samples/micro-batch {micro.index}"] = [0.0 if same else 1.0, 1.0]
         for i, turn in enumerate(kept.take()):
-            mine |= _turn_differences(f"{step}", i, turn, expected)
-        found |= _over_ranks(trainer.world, mine)
+            # a player may have several turns
+            mine = _largest([mine, _turn_differences(f"{step}", i, turn, expected)])
+        found |= _largest(trainer.world.gather(mine))
         found |= _state_differences(trainer, f"{step}", before, state_at(reference, step + 1))
     del trainer.callbacks.by_name["Gradients"]
     return found
@@ -252,11 +253,11 @@ def _over(difference: float, scale: float) -> float:
     return difference / scale if scale > 0 else float(difference > 0)
 
 
-def _over_ranks(world: World, mine: Differences) -> Differences:
-    """The largest of each difference over all ranks."""
+def _largest(several: Iterable[Differences]) -> Differences:
+    """The largest of each difference."""
     found: Differences = {}
-    for theirs in world.gather(mine):
-        for name, pair in theirs.items():
+    for one in several:
+        for name, pair in one.items():
             if name not in found or not pair[0] <= found[name][0]:  # not a number is the largest
                 found[name] = pair
     return found
@@ -321,4 +322,4 @@ def _all_weights(trainer: Trainer, where: str, reader: checkpoint.Reader) -> Dif
     mine: Differences = {}
     for player in trainer.engines:
         mine |= weight_differences(where, trainer.full_weights(player), reader)
-    return _over_ranks(trainer.world, mine)
+    return _largest(trainer.world.gather(mine))
