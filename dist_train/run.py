@@ -19,6 +19,7 @@ from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
 from dist_train.callbacks.stragglers import Stragglers
 from dist_train.data import RunData, data_folders, evaluation_batches, evaluation_sets
+from dist_train.deferred import construct
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import CheckpointError, Interrupted, UserError
@@ -251,7 +252,7 @@ def build(
     objective: Objective = components.build(
         "objective", recipe.objective, "objective", statistics=data.statistics
     )
-    networks = make_networks(recipe, data.known, model)
+    networks = make_networks(recipe, data.known, model, world.device)
     micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size
     players = make_players(networks, recipe, world, objective.given)
     engines = {}
@@ -306,9 +307,12 @@ def build(
 
 
 def make_networks(
-    recipe: Recipe, known: Mapping[str, Any], given: Any = None
+    recipe: Recipe, known: Mapping[str, Any], given: Any = None, device: str | None = None
 ) -> dict[str, dict[str, nn.Module]]:
-    """The networks by player and name, initialised from the seed alone; `auto` arguments come from the data."""
+    """The networks by player and name, initialised from the seed alone; `auto` arguments come from the data.
+
+    With a `device` the weights of players under zero3 are made by their engine, one by one, and never whole.
+    """
     from torch import nn
 
     networks: dict[str, dict[str, nn.Module]] = {}
@@ -320,11 +324,11 @@ def make_networks(
             module = given.get(name) if isinstance(given, Mapping) else given
             if module is None:
                 arguments = {key: _auto(key, value, known, where) for key, value in spec.items()}
-                randomness.reseed(recipe.seed, -1, number)
-                module = components.build("model", arguments, where)
-                if player in recipe.inits:
-                    randomness.reseed(recipe.seed, -2, number)
-                    initialise(module, recipe.inits[player], recipe.where_of("init", player))
+                build = partial(_network, recipe, player, number, arguments, where)
+                if device is not None and recipe.strategies[player]["name"] == "zero3":
+                    module = construct(build, device, where)
+                else:
+                    module = build()
             if not isinstance(module, nn.Module):
                 raise UserError(
                     f"{where}: {spec['name']} is no torch.nn.Module but {type(module).__name__}"
@@ -332,6 +336,17 @@ def make_networks(
             networks[player][name] = module.train()
             number += 1
     return networks
+
+
+def _network(
+    recipe: Recipe, player: str, number: int, arguments: dict[str, Any], where: str
+) -> nn.Module:
+    randomness.reseed(recipe.seed, -1, number)
+    module = components.build("model", arguments, where)
+    if player in recipe.inits:
+        randomness.reseed(recipe.seed, -2, number)
+        initialise(module, recipe.inits[player], recipe.where_of("init", player))
+    return module
 
 
 def _auto(key: str, value: Any, known: Mapping[str, Any], where: str) -> Any:

@@ -181,15 +181,18 @@ class Trainer:
             }
         )
 
-    def view(self, weights: str | None = None) -> Networks:
+    def view(self, weights: str | None = None, *, together: bool = False) -> Networks:
         """All networks in evaluation mode, without gradients (collective). `weights`: None or "live" for the present
-        ones, or the name of a callback that averages them."""
+        ones, or the name of a callback that averages them. `together`: all ranks will call them equally often, so that
+        zero3 need not gather the whole."""
         averages: dict[str, dict[str, Tensor]] = {}
         if weights not in (None, "live"):
             averages = self.callback(weights).weights(self)
         return Networks(
             {
-                name: torch.no_grad()(self.engines[player].evaluated(name, averages.get(player)))
+                name: torch.no_grad()(
+                    self.engines[player].evaluated(name, averages.get(player), together=together)
+                )
                 for name, player in self._networks.items()
             }
         )
@@ -290,7 +293,7 @@ class Trainer:
     def measure(self, weights: str | None = None) -> dict[str, float]:
         """The recipe's metrics over its evaluation split, each sample once, the same on any number of ranks; those of
         further sets as SET/METRIC."""
-        networks = self.view(weights)
+        networks = self.view(weights, together=True)
         results = self._measured(networks, self.evaluation, told=True)
         for name, batches in self.evaluation_sets.items():
             found = self._measured(networks, batches, told=False)

@@ -53,6 +53,9 @@ class Engine(ABC):
     loss_scale: LossScale | None
     """Under fp16, by what the losses are multiplied."""
 
+    gathers_by_layer = False
+    """Whether the live network gathers the weights of each layer when it comes to it."""
+
     def __init__(self, player: Player, world: World, given: bool) -> None:
         self.world, self.given = world, given
         self.player = player.on(world.devices)
@@ -79,9 +82,14 @@ class Engine(ABC):
         return self.views.frozen(network)
 
     def evaluated(
-        self, network: str, weights: Mapping[str, Tensor] | None = None
+        self, network: str, weights: Mapping[str, Tensor] | None = None, *, together: bool = False
     ) -> Callable[..., Any]:
-        """The network in evaluation mode (`Views.evaluated`)."""
+        """The network in evaluation mode (`Views.evaluated`).
+
+        `together`: all ranks call it equally often, and want no gradients, so that zero3 may gather layer by layer.
+        """
+        if together and weights is None and self.gathers_by_layer:
+            return functools.partial(self._live_in_evaluation, network)
         return self.views.evaluated(network, weights)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -223,6 +231,14 @@ class Engine(ABC):
                 state["step"] = torch.full_like(state["step"], steps)
 
     # -- how it is done ----------------------------------------------------------------------------------------------
+
+    def _live_in_evaluation(self, network: str, *inputs: Any) -> Any:
+        self.player.eval()
+        try:
+            with torch.no_grad():
+                return self._live(network, *inputs)
+        finally:
+            self.player.train()
 
     @abstractmethod
     def _live(self, network: str, *inputs: Any) -> Any: ...

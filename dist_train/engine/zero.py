@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.deferred import value_of
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, materialise
 from dist_train.errors import UserError
 from dist_train.networks import Player
@@ -40,18 +41,21 @@ class ZeroEngine(Engine):
     ) -> None:
         deepspeed = import_deepspeed()
         super().__init__(player, world, given)
-        self.stage, self.deepspeed = stage, deepspeed
+        self.stage, self.deepspeed, self.gathers_by_layer = stage, deepspeed, stage == 3
         for buffer in self.buffers.values():
             world.broadcast_(buffer.data)
         optimizer = make(groups(list(self.trained.items())))
         optimizer.register_step_pre_hook(self._clamp_owned_gradients)
         if world.device != "cpu":  # it takes this for the GPU's index, which ranks may share
             os.environ["LOCAL_RANK"] = str(torch.device(world.device).index)
+        config = configuration(stage, strategy, 1 if given else micro_batches)
+        if stage == 3:
+            self._make_slices(config)
         self.engine, *_ = deepspeed.initialize(
             model=player,
             optimizer=optimizer,
             dist_init_required=False,
-            config=configuration(stage, strategy, 1 if given else micro_batches),
+            config=config,
         )
         self.zero = self.engine.optimizer
         self._sum: list[Tensor | None] | None = None
@@ -65,6 +69,21 @@ class ZeroEngine(Engine):
                 )
         self._materialise()
         self._slice_state()
+
+    def _make_slices(self, config: dict[str, Any]) -> None:
+        """Make the weights that are not there yet, one after the other, and keep this rank's slice of each."""
+        sliced: Any = None
+        for parameter in self.names.values():
+            value = value_of(parameter)
+            if value is None:
+                continue
+            parameter.data = value.to(self.world.device)
+            if sliced is None:
+                one = nn.ParameterList([parameter])
+                self.deepspeed.zero.Init(module=one, config_dict_or_path=config)
+                sliced = parameter
+            else:
+                sliced.convert_to_zero_parameters(param_list=[parameter])
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

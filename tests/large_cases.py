@@ -1,0 +1,116 @@
+"""A network of which no rank has room for the whole, and what ranks do with it. Ranks import this file by name."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train import checkpoint
+from dist_train.recipe import Recipe
+from dist_train.verify import parity
+from dist_train.verify.parity import trainer_of
+from dist_train.world import World, pin_threads
+
+WIDTH, DEPTH = 768, 28
+WEIGHTS = 4 * DEPTH * WIDTH * WIDTH
+"""Bytes of the layers' weights, 63 MiB."""
+LIMIT = int(0.9 * WEIGHTS)
+"""What a rank may take beyond what it has when it starts."""
+M_MMAP_THRESHOLD = -3
+
+
+class Deep(nn.Module):
+    """(B, 1, 8, 8) -> (B, 10): `depth` residual layers of `width`^2 weights, all initialised at the end."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(64, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.head = nn.Linear(width, 10)
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=0.1 / width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image.flatten(1))
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def recipe(data: str, strategy: str, width: int = WIDTH, depth: int = DEPTH) -> Recipe:
+    """Plain SGD: of 4 bytes a weight its copy for the update, and its gradient, and small buckets."""
+    spread: Any = strategy
+    if strategy == "zero3":
+        few = {"reduce_bucket_size": 500_000, "sub_group_size": 1_000_000}
+        spread = {"name": "zero3", "deepspeed": {"zero_optimization": few}}
+    return Recipe(
+        seed=3,
+        duration="2 steps",
+        threads=1,
+        strategy=spread,
+        data={"path": f"{data}/digits", "global_batch": 8, "micro_batch": 1},
+        model={"name": "large_cases:Deep", "width": width, "depth": depth},
+        objective={"name": "classification"},
+        optimizer={"name": "sgd", "learning_rate": 0.01},
+        evaluate={"split": "test", "every": "2 steps", "metrics": ["loss"], "micro_batch": 8},
+        callbacks={},
+    )
+
+
+def two_steps(recipe: Recipe, world: World, folder: Path) -> dict[str, Any]:
+    """Build, save, take two steps, measure, save."""
+    with trainer_of(recipe, world, folder) as trainer:
+        trainer.save()
+        kept = parity.Losses()
+        parity.watch(trainer, kept)
+        trainer.train()
+        del trainer.callbacks.by_name["Losses"]
+        trainer.save()
+        return {"losses": kept.losses, "measured": trainer.measure()["loss"]}
+
+
+def loaded(recipe: Recipe, world: World, folder: Path, other: Path) -> dict[str, Any]:
+    """Start from the weights of another run, and become that run: the loss on the test split of each."""
+    with trainer_of(
+        recipe.set("weights", {"from": str(checkpoint.resolve(other))}), world, folder
+    ) as trainer:
+        found = {"started": trainer.measure()["loss"]}
+        for engine in trainer.engines.values():
+            for part in engine.weights:
+                part.tensor.fill_(float("nan"))
+        trainer.load(checkpoint.Reader(checkpoint.resolve(other)))
+        return found | {"resumed": trainer.measure()["loss"]}
+
+
+def limited(work: str, data: str, folder: str) -> dict[str, Any]:
+    """What a rank does under zero3 with a network, with room for less than a copy of it."""
+    world, here = World.join(group=True), Path(folder)
+    pin_threads(1, 1)
+    # what is freed goes back, so that what is taken is what is needed (mallopt(3))
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
+    small = recipe(data, "zero3", 8, 2)
+    two_steps(small, world, here / f"small-{work}")  # brings threads and buffers
+    most = data_bytes() + LIMIT
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    large = recipe(data, "zero3")
+    if work == "train":
+        found = two_steps(large, world, here / "run")
+    else:
+        found = loaded(large, world, here / "loaded", here / "run")
+    try:
+        torch.zeros(WEIGHTS, dtype=torch.uint8)
+    except RuntimeError as error:
+        found["whole"] = str(error)
+    world.leave()
+    return found
+
+
+def data_bytes() -> int:
+    """What the kernel counts against RLIMIT_DATA: private writable memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmData")) * 1024
