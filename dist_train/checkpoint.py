@@ -87,8 +87,9 @@ def save(
         _sync(scratch)
         faultpoint("save-publish")
         aside = folder / f".replaced-{step:08d}"
-        if final.exists():  # only a damaged one that this run did not resume from
+        if final.exists():  # damaged, or of this step before its callbacks were through
             final.rename(aside)
+            faultpoint("save-aside")
         scratch.rename(final)
         _sync(folder)
         if aside.exists():
@@ -96,6 +97,15 @@ def save(
     world.barrier()
     faultpoint("saved")
     return final
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a save did that was killed after it had put the checkpoint of its step aside, and before it had put
+    its own there."""
+    for aside in folder.glob(".replaced-*"):
+        final = folder / (PREFIX + aside.name.removeprefix(".replaced-"))
+        if not final.exists():
+            aside.rename(final)
 
 
 def steps(folder: Path) -> list[int]:

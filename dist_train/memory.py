@@ -23,6 +23,11 @@ class SlotMemory:
         self.device = device
         self._slots: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no objective keeps anything, on any rank: all have slots, and treat them alike."""
+        return not any(self._slots.values())
+
     def lend(self, micro: MicroBatch) -> None:
         """Put the memory of its slot into a micro-batch."""
         micro.memory = self._slots[micro.index]

@@ -19,10 +19,20 @@ class Meter:
     def __init__(self) -> None:
         self._added: dict[str, list[tuple[float | Tensor, float | Tensor]]] = defaultdict(list)
         self._sums: dict[str, list[float]] = {}
+        self._marked: dict[str, int] = {}
 
     def add(self, name: str, value: float | Tensor, count: float | Tensor = 1.0) -> None:
         """Take a value (0-d tensor or number) that stands for `count` things."""
         self._added[name].append((value, count))
+
+    def mark(self) -> None:
+        """Remember what was added so far, to which `back_to_mark` may go back before the next `flush`."""
+        self._marked = {name: len(pairs) for name, pairs in self._added.items()}
+
+    def back_to_mark(self) -> None:
+        """Forget what was added since `mark`."""
+        for name, pairs in self._added.items():
+            del pairs[self._marked.get(name, 0) :]
 
     def totals(self, world: World) -> dict[str, list[float]]:
         """[weighted sum, count] by name over all ranks since the last `flush` (collective)."""
@@ -53,6 +63,8 @@ class Meter:
         on_device = [n for n in numbers if isinstance(n, Tensor)]
         read = iter(torch.stack(on_device).double().tolist() if on_device else [])
         for name, pairs in self._added.items():
+            if not pairs:
+                continue
             total = self._sums.setdefault(name, [0.0, 0.0])
             for value, count in pairs:
                 value = next(read) if isinstance(value, Tensor) else float(value)

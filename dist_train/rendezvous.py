@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 POLL = timedelta(seconds=0.2)
+LOOPBACK = ("127.", "localhost", "::1")
 
 
 class RendezvousError(RuntimeError):
@@ -36,17 +38,52 @@ def meet(environ: Mapping[str, str], rank: int, size: int, limit: timedelta) -> 
     place = f"MASTER_ADDR {address or 'unset'}, MASTER_PORT {port or 'unset'}"
     if not address or not port.isdecimal():
         raise RendezvousError(f"{place}: expected the address of rank 0, which is one of {size}")
+    if on_one_machine(environ) and not address.startswith(LOOPBACK):
+        address = "127.0.0.1"
     try:
         store = dist.TCPStore(
-            address, int(port), size, rank == 0, timeout=limit, wait_for_workers=False
+            address,
+            int(port),
+            size,
+            rank == 0,
+            timeout=limit,
+            wait_for_workers=False,
+            master_listen_fd=_listen(address, int(port), size) if rank == 0 else None,
         )
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         reason = str(error).partition("\n")[0]
         what = "cannot listen there" if rank == 0 else "does not reach rank 0"
         raise RendezvousError(
             f"{place}: rank {rank} on {socket.gethostname()} {what}: {reason}"
         ) from None
     return _wait_for_all(store, place, rank, size, limit)
+
+
+def on_one_machine(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher says that all ranks are on this machine, and so need no address but loopback."""
+    return (
+        "DIST_TRAIN_RENDEZVOUS" in environ
+        or environ.get("LOCAL_WORLD_SIZE", "") == environ.get("WORLD_SIZE")
+        or environ.get("MASTER_ADDR", "").startswith(LOOPBACK)
+    )
+
+
+def _listen(address: str, port: int, backlog: int) -> int | None:
+    """A socket that listens at the one address that ranks are told, for a store takes orders from whoever reaches it.
+
+    None, and torch listens on every interface, where this machine does not know itself by that address: behind a
+    translated one, or where its own name means loopback to it, but not to the others.
+    """
+    family, _, _, _, at = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    host = str(at[0])
+    if host.startswith(LOOPBACK) and not address.startswith(LOOPBACK):
+        return None
+    try:
+        return socket.create_server((host, port), family=family, backlog=backlog).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None
+        raise
 
 
 def share_a_gpu(store: Store, size: int, gpu: str) -> bool:

@@ -436,6 +436,7 @@ def begin(trainer: Trainer, resume: str | None) -> None:
     if resume is not None:
         found: dict[str, Any] = {"step": None, "skipped": [], "error": None}
         if world.is_main:
+            checkpoint.put_back(directory.checkpoints)
             try:
                 path, found["skipped"] = checkpoint.last_good(directory.checkpoints)
                 found["step"] = (
@@ -459,7 +460,7 @@ def begin(trainer: Trainer, resume: str | None) -> None:
     else:
         starting_weights.load(trainer.recipe, trainer.engines, world, directory)
     if world.is_main:
-        directory.cut(trainer.step)
+        directory.cut(trainer.last_row)
     world.barrier()
     trainer.callbacks.call("run_begins", trainer)
     if reader is not None:

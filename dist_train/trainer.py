@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_train import checkpoint, randomness
+from dist_train import checkpoint, randomness, unfinished
 from dist_train.callbacks import Callbacks
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.duration import Every
@@ -38,6 +38,7 @@ class Trainer:
         batch: this rank's micro-batches of the present step. turns: those of the step that have begun.
         best: `{"step", "value"}` of the best evaluation so far. stopping: why the run ends early, or "".
         saved: the step of the newest checkpoint. interruption: whether a signal has told the run to end.
+        cut_short: what is left to do of the present step, where an interruption has cut it short.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Trainer:
         self.heartbeat = Heartbeat()
         self.interruption = Interruption(world)
         self.saved = 0
+        self._ending = ""  # the callback whose `step_ends` runs
+        self.cut_short: dict[str, Any] | None = None
         self._networks = {
             name: player for player, specs in recipe.networks.items() for name in specs
         }
@@ -93,10 +96,15 @@ class Trainer:
 
     def train(self, until: int | None = None) -> None:
         """Run from the present step to the end; or to step `until`, and end there as at the end."""
-        self.until = 0 if self.stopping else min(self.total_steps, until or self.total_steps)
+        self.until = min(self.total_steps, until or self.total_steps)
+        self._finish_step()
+        if self.stopping:
+            return
         for step, batch in self._fetch():
             self.heartbeat.enter("callbacks")
             self.batch, self.turns, self._losses = batch, [], {}
+            if len(batch) > 1:
+                self.meter.mark()
             for micro in batch:
                 self.memory.lend(micro)
             self.callbacks.call("step_begins", self)
@@ -105,6 +113,8 @@ class Trainer:
                 engine, total = self.engines[turn.player], self._batch_weight(batch)
                 engine.begin_turn(turn.index)
                 for micro in batch:
+                    if micro is not batch[0] and self.interruption.reached():
+                        self._abandon_step(turn)
                     self.heartbeat.enter("forward")
                     randomness.reseed(self.seed, step, turn.index, micro.index)
                     seen = self.seen_by(turn)
@@ -124,10 +134,31 @@ class Trainer:
                 faultpoint("step")
                 self.callbacks.call("turn_ends", self, turn)
             self.step += 1
-            self.heartbeat.enter("callbacks")
-            self.callbacks.call("step_ends", self)
+            self._end_step()
             if self.stopping:
                 break
+
+    def _end_step(self, first: str | None = None) -> None:
+        """Call `step_ends` of all callbacks, or of those from `first` on."""
+        self.heartbeat.enter("callbacks")
+        for name, callback in self.callbacks.by_name.items():
+            if first in (None, name):
+                first, self._ending = None, name
+                callback.step_ends(self)
+        self._ending = ""
+
+    def _finish_step(self) -> None:
+        """End the step that an interruption has cut short."""
+        if self.cut_short is None:
+            return
+        self.heartbeat.enter("data", self.step)
+        [(step, batch)] = self.data.from_(self.step - 1, self.step)
+        self.batch = [micro.to(self.world.device) for micro in batch]
+        self.turns = self.objective.turns(step)
+        losses = unfinished.restore(self, self.cut_short)
+        self._losses = {player: [(loss, 1.0)] for player, loss in losses.items()}
+        first, self.cut_short = self.cut_short["callback"], None
+        self._end_step(first)
 
     def _fetch(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         batches = iter(self.data.from_(self.step, self.until))
@@ -142,6 +173,20 @@ class Trainer:
             if self.world.device != "cpu":
                 batch = [micro.to(self.world.device) for micro in batch]
             yield step, batch[::-1] if self._reversed else batch
+
+    def _abandon_step(self, turn: Turn) -> None:
+        """End in the middle of a turn: this step begins again at the next start. Not after a turn that has changed the
+        weights, nor where an objective remembers: then the run ends after this step."""
+        if turn.index == 0 and self.memory.is_empty:
+            self.meter.back_to_mark()
+            self._save_and_leave()
+
+    def leave_if_told(self) -> None:
+        """Within a `step_ends` that takes long: end here, if a signal has told the run to end (on all ranks alike, so
+        all must ask equally often). The next start calls this `step_ends` again, and those after it."""
+        if self._ending and self.interruption.reached():
+            self.cut_short = unfinished.record(self, self._ending)
+            self._save_and_leave()
 
     def _save_and_leave(self) -> None:
         if self.step != self.saved:
@@ -269,6 +314,11 @@ class Trainer:
         )
 
     @property
+    def last_row(self) -> int:
+        """The step of the last row that an unbroken run would have at this point."""
+        return self.cut_short["last_row"] if self.cut_short else self.step
+
+    @property
     def is_last(self) -> bool:
         """Whether no step follows."""
         return self.step >= self.until or bool(self.stopping)
@@ -305,6 +355,7 @@ class Trainer:
         for metric in self.metrics.values():
             metric.reset()
         for micro in batches:
+            self.leave_if_told()
             self.heartbeat.enter("evaluate")
             micro = micro.to(self.world.device)
             randomness.reseed(self.seed, self.step, randomness.EVALUATION, micro.index)
@@ -330,6 +381,7 @@ class Trainer:
             "meter": self.meter.totals(self.world),
             "best": self.best,
             "stopping": self.stopping,
+            "unfinished": self.cut_short,
             "players": {
                 name: {"optimizer_steps": e.optimizer_steps()}
                 | ({"loss_scale": e.loss_scale.state_dict()} if e.loss_scale else {})
@@ -364,6 +416,7 @@ class Trainer:
             values["best"],
             values["stopping"],
         )
+        self.cut_short = values.get("unfinished")
         self.meter.restore(values["meter"], self.world)
         for name, callback in self.callbacks.by_name.items():
             if name not in values["callbacks"]:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from dist_train.errors import UserError
-from dist_train.rendezvous import meet, share_a_gpu
+from dist_train.rendezvous import meet, on_one_machine, share_a_gpu
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_TRAIN_TIMEOUT", "600")))
 """How long a rank waits in a collective for the others before it fails. Never torch's 30 minutes."""
@@ -81,14 +81,11 @@ class World:
             device = "cpu"
         timeout = timeout or COLLECTIVE_TIMEOUT
         if (size > 1 or group) and not dist.is_initialized():
-            alone = "DIST_TRAIN_RENDEZVOUS" in environ or environ.get("MASTER_ADDR", "").startswith(
-                LOOPBACK
-            )
             store = meet(environ, rank, size, min(timeout, START_TIMEOUT))
             nccl = device != "cpu" and not share_a_gpu(
                 store, size, str(torch.cuda.get_device_properties(device).uuid)
             )
-            if alone and not nccl:
+            if on_one_machine(environ) and not nccl:
                 os.environ.setdefault(
                     "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
                 )
@@ -164,9 +161,6 @@ class World:
             import torch
 
             self.sum_(torch.zeros(1, device=self.device))
-
-
-LOOPBACK = ("127.", "localhost", "::1")
 
 
 def slurm_place(environ: Mapping[str, str]) -> dict[str, str]:

@@ -62,6 +62,9 @@ def doctor(
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs a node.")] = 0,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="How long a smoke test takes.")] = 30.0,
+    within: Annotated[
+        float, typer.Option(min=1, help="Slurm: how many seconds to wait for the nodes.")
+    ] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Show what this machine has, and what it lacks; with --nodes, test real nodes and name the bad ones."""
@@ -77,7 +80,9 @@ def doctor(
 
     work = {
         Place.local: partial(smoke_here, ranks, seconds),
-        Place.slurm: partial(smoke_on_slurm, nodes, ranks, gpus_per_node, partition, seconds),
+        Place.slurm: partial(
+            smoke_on_slurm, nodes, ranks, gpus_per_node, partition, seconds, within
+        ),
     }[on]
     if answer(as_json, work, show=_show_smoke)["bad"]:
         raise typer.Exit(1)

@@ -2,7 +2,8 @@
 
 `python -m dist_train.launch.requeue RUN_DIR CODE` exits with 0 when the ranks are to start again in this allocation.
 An interruption (exit code 75) goes back into the queue: by Slurm itself where it has preempted the job, else by us. A
-failure starts again here. Both only as long as starts lead on (`max_restarts`).
+failure starts again here; but where Slurm cannot end what failed, because a node of it went down, in the queue too. All
+of it only as long as starts lead on (`max_restarts`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 from dist_train.errors import UserError
@@ -23,6 +25,8 @@ AGAIN, LEAVE = 0, 1
 DONE, MISTAKE = 0, 2
 INTERRUPTIONS = (75, 128 + 15, 128 + 12)
 """Saved; or ended by SIGTERM or SIGUSR2 before there was anything to save."""
+PATIENCE = 10.0
+"""Seconds that Slurm may take to end a step whose tasks have ended."""
 
 
 def decide(run_dir: Path, code: int) -> int:
@@ -41,10 +45,26 @@ def decide(run_dir: Path, code: int) -> int:
         )
         return LEAVE
     if code not in INTERRUPTIONS:
-        _say(f"exit code {code}: starting again from the last checkpoint")
-        return AGAIN
+        if not _holds_a_step():
+            _say(f"exit code {code}: starting again from the last checkpoint")
+            return AGAIN
+        _say(f"exit code {code}: Slurm cannot end a task, its node may be down")
     _requeue(job)
     return LEAVE
+
+
+def _holds_a_step() -> bool:
+    """Whether a step of this job does not end, so that the next `srun` here would wait for ever: a node that went down
+    and came back before Slurm missed it knows nothing of the step, and says nothing."""
+    command = ["squeue", "--noheader", "--steps", "--format=%i"]
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        steps = slurm(*command, f"--jobs={os.environ['SLURM_JOB_ID']}").split()
+        if not any(step.rpartition(".")[2].isdigit() for step in steps):
+            return False
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(1)
 
 
 def _is_ours() -> bool:

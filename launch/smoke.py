@@ -157,11 +157,22 @@ def smoke_here(ranks: int, seconds: float) -> dict[str, Any]:
 
 
 def smoke_on_slurm(
-    nodes: int, ranks_per_node: int, gpus_per_node: int, partition: str | None, seconds: float
+    nodes: int,
+    ranks_per_node: int,
+    gpus_per_node: int,
+    partition: str | None,
+    seconds: float,
+    patience: float,
 ) -> dict[str, Any]:
-    """The smoke test of nodes that Slurm gives: waits for them. They must see the current folder."""
+    """The smoke test of nodes that Slurm gives within `patience` seconds. They must see the current folder.
+
+    UserError for nodes that there are not, at once, and for those that do not come.
+    """
     from dist_train.launch.backend import travelling
     from dist_train.launch.slurm import STATES, slurm, states
+
+    waiting = set(STATES["waiting"])
+    active = waiting | set(STATES["running"])
 
     with tempfile.TemporaryDirectory(dir=".", prefix=".smoke-") as folder:
         output = Path(folder).resolve() / "output"
@@ -174,11 +185,19 @@ def smoke_on_slurm(
             "export": ",".join(travelling(["SLURM_CONF"])),
         }
         words = [f"--{key}={value}" for key, value in options.items() if value is not None]
-        job = slurm("sbatch", "--parsable", *words, str(SCRIPT), sys.executable, f"{seconds:g}")
-        job = job.partition(";")[0].strip()
+        words += [str(SCRIPT), sys.executable, f"{seconds:g}"]
+        slurm("sbatch", "--test-only", *words)
+        job = slurm("sbatch", "--parsable", *words).partition(";")[0].strip()
         sys.stderr.write(f"job {job}: waiting for {nodes} nodes\n")
+        deadline = time.monotonic() + patience
         try:
-            while any(state in STATES["waiting"] + STATES["running"] for state, _ in states(job)):
+            while (now := {state for state, _ in states(job)}) & active:
+                if now & waiting and time.monotonic() > deadline:
+                    reason = slurm("squeue", "--noheader", "--format=%r", f"--jobs={job}").strip()
+                    raise UserError(
+                        f"--nodes {nodes}: Slurm has not given them within {patience:g} s ({reason});"
+                        " --within SECONDS waits longer, `sinfo` shows which nodes there are"
+                    )
                 time.sleep(1)
         except BaseException:
             slurm("scancel", job)

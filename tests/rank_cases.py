@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_train import run
+from dist_train import faults, run
 from dist_train.callbacks import Callback
 from dist_train.errors import Interrupted
 from dist_train.recipe import Recipe
+from dist_train.run_directory import RunDirectory
 from dist_train.world import World
 
 planned: tuple[int, str, int, int] | None = None
-"""The signal that is next: its number, the hook and step (-1: any) to send it in, and the rank that does, to itself."""
+"""The signal that is next: its number, the hook and step (-1: any) to send it in, and the rank (-1: each) that does, to
+itself."""
 
 
 class Signal(Callback):
@@ -28,12 +30,19 @@ class Signal(Callback):
         global planned
         if planned is None:
             return
-        if hook == planned[1] and planned[2] in (run.step, -1) and planned[3] == run.world.rank:
+        if (
+            hook == planned[1]
+            and planned[2] in (run.step, -1)
+            and planned[3] in (run.world.rank, -1)
+        ):
             number, planned = planned[0], None
             os.kill(os.getpid(), number)
 
     def run_begins(self, run: Any) -> None:
         self._send("run_begins", run)
+
+    def step_begins(self, run: Any) -> None:
+        self._send("step_begins", run)
 
     def gradients_ready(self, run: Any, turn: Any) -> None:
         self._send("gradients_ready", run)
@@ -61,7 +70,8 @@ class Failing(Callback):
 def interrupted(
     cases: list[tuple[dict[str, Any], str, list[tuple[int, str, int, int]]]],
 ) -> list[Any]:
-    """Train each (settings, folder, signals) with one interruption after another; what each start ended with."""
+    """Train each (settings, folder, signals) with one interruption after another; what each start ended with, and the
+    step of the last row."""
     global planned
     ends = []
     for settings, folder, signals in cases:
@@ -70,11 +80,23 @@ def interrupted(
             planned = one
             try:
                 run.train(Recipe(**settings), run_dir=folder, resume="auto")
-                told.append([0, ""])
+                end = [0, ""]
             except Interrupted as error:
-                told.append([error.code, str(error)])
+                end = [error.code, str(error)]
+            rows = RunDirectory(Path(folder)).rows()
+            told.append([*end, rows[-1]["step"] if rows else 0])
         ends.append(told)
     return ends
+
+
+def faulty(
+    settings: dict[str, Any], folder: str, told: tuple[int, str, int, int] | None, fault: str
+) -> None:
+    """Train with a signal that tells the run to end, and a fault (`faults`) at a later point."""
+    global planned
+    planned = told
+    faults.plan(fault)
+    run.train(Recipe(**settings), run_dir=folder, resume="auto")
 
 
 def end_badly(how: str, rank: int) -> str:

@@ -180,6 +180,17 @@ class Cluster:
             self._stop(name, signal.SIGTERM)
 
 
+def processes_of(run_dir: Path) -> list[int]:
+    """Other processes that have the run's directory in their environment or command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+            if int(folder.name) != os.getpid() and str(run_dir).encode() in told:
+                found.append(int(folder.name))
+    return found
+
+
 def wait_for(true: Callable[[], object], what: str, seconds: float = 120) -> None:
     """Look until it is true; AssertionError after `seconds`."""
     end = time.monotonic() + seconds

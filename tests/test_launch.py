@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from dist_train import run
 from dist_train.errors import UserError
 from dist_train.footprint import RESERVED, rank_memory
 from dist_train.hardware import DEVICES
+from dist_train.launch.backend import BACKENDS
 from dist_train.launch.jobs import members, prepare
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import Spec, make_spec
@@ -221,3 +223,26 @@ def test_launched_here_and_found_by_name(tiny_data: Path, tmp_path: Path) -> Non
     assert cases.RunDirectory(run_dir).rows()[-1]["step"] == 4
     ended = command("cancel", run_dir.name, cwd=tmp_path)
     assert ended.returncode == 2 and "not running" in ended.stderr
+
+
+@pytest.mark.parametrize("on", [on for on in BACKENDS if on != "ray" or " " not in sys.executable])
+def test_a_dry_run_imports_nothing_slow(tiny_data: Path, tmp_path: Path, on: str) -> None:
+    """So it answers at once: modules are counted, for time would depend on what else the machine does."""
+    (tmp_path / "tiny.yaml").write_text(cases.tiny_recipe("resnet", tiny_data).to_yaml())
+    script = (
+        "import sys\nfrom dist_train.launch.cli import main\n"
+        f"code = main(['launch', 'tiny.yaml', '--on', '{on}', '--dry-run'])\n"
+        "slow = {'torch', 'numpy', 'deepspeed', 'accelerate', 'ray', 'wandb'} & set(sys.modules)\n"
+        "sys.exit(f'imports {slow}' if slow else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env=os.environ | {"RAY_AUTH_TOKEN": "x"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# "), "the files that it would write"
+    assert not (tmp_path / "runs").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,35 @@ def test_all_that_come_get_the_store(port: int) -> None:
         other.join(timeout=30)
     stores[2].set("word", "heard")
     assert stores[1].get("word") == b"heard"
+
+
+def listening(port: int) -> set[str]:
+    """The addresses at which anything on this machine listens at a port, as /proc writes them."""
+    found = set()
+    for file in ("tcp", "tcp6"):
+        for line in Path("/proc/net", file).read_text().splitlines()[1:]:
+            address, _, number = line.split()[1].partition(":")
+            if int(number, 16) == port and line.split()[3] == "0A":
+                found.add(address)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for sockets in /proc")
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"MASTER_ADDR": "127.0.0.1"},
+        {"MASTER_ADDR": socket.gethostname(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+    ],
+)
+def test_only_this_machine_reaches_the_store_of_its_ranks(port: int, told: dict[str, str]) -> None:
+    """torch itself would listen at every address of the machine."""
+    environ = told | {"MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(2) as ranks:
+        stores = list(ranks.map(lambda rank: meet(environ, rank, 2, 20 * LIMIT), range(2)))
+    assert listening(port) == {"0100007F"}
+    stores[1].set("word", "heard")
+    assert stores[0].get("word") == b"heard"
 
 
 @pytest.mark.parametrize(("gpus", "shared"), [("abc", False), ("aba", True), ("a", False)])

@@ -10,7 +10,7 @@ from typing import Any
 
 import cases
 import pytest
-from slurm_cluster import Cluster, missing, wait_for
+from slurm_cluster import Cluster, missing, processes_of, wait_for
 
 from dist_train.launch import jobs
 from dist_train.launch.backend import Job
@@ -101,21 +101,6 @@ def assert_as_unbroken(unbroken: Path, run_dir: Path) -> None:
     wait_for(lambda: not processes_of(run_dir), "the last process's end", 10)
 
 
-def processes_of(run_dir: Path) -> list[int]:
-    """Processes that have the run's directory in their environment or command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(folder.name) != os.getpid() and (
-                str(run_dir).encode()
-                in (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
-            ):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def test_two_nodes_under_zero_2(
     cluster: Cluster, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,11 +177,26 @@ def test_node_crash(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: 
     job = launch(recipe, tmp_path / "run")
     at_the_gate(job)
     cluster.crash("n2")
+    (job.run_dir / "open").touch()
     wait_for(lambda: cluster.state(job.id) != "RUNNING", "the crash to be noticed")
     cluster.start("n2")
-    (job.run_dir / "open").touch()
     ended(cluster, job)
     assert_as_unbroken(unbroken, job.run_dir)
+
+
+@pytest.mark.soak
+def test_a_node_is_back_before_it_was_missed(
+    cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path
+) -> None:
+    """It knows nothing of its task, so that the step never ends, and another could not start beside it."""
+    job = launch(recipe, tmp_path / "run")
+    at_the_gate(job)
+    cluster.crash("n2")
+    (job.run_dir / "open").touch()
+    cluster.start("n2")
+    ended(cluster, job)
+    assert_as_unbroken(unbroken, job.run_dir)
+    assert "its node may be down" in job.log.read_text()
 
 
 def test_array(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
@@ -225,3 +225,20 @@ def test_doctor_tests_the_nodes(
     assert [rank["host"] for rank in found["ranks"]] == ["n1", "n2"]
     assert code == (1 if found["bad"] else 0)  # on a busy machine one of the two may be slow
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_does_not_wait_for_nodes_that_do_not_come(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--on", "slurm", "--nodes", "3"]) == 2
+    [told] = capfd.readouterr().err.splitlines()
+    assert "Requested node configuration is not available" in told
+    other = cluster.ask(
+        *("sbatch", "--parsable", "-N", "2", "--exclusive", "-o", "/dev/null"),
+        *("--wrap", "sleep 600"),
+    )
+    assert main(["doctor", "--on", "slurm", "--nodes", "2", "--within", "1"]) == 2
+    cluster.ask("scancel", other.strip())
+    assert "has not given them within 1 s (Resources)" in capfd.readouterr().err
+    assert "dist-train-smoke" not in cluster.ask("squeue", "-h", "-o", "%j")

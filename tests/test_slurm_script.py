@@ -213,12 +213,15 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "asked": [],
         "shown": "JobState=RUNNING Restarts=0 ",
         "refuse": False,
+        "steps": "7.batch\n",
     }
 
     def slurm(command: str, *arguments: str) -> str:
         state["asked"].append([command, *arguments])
         if command == "scontrol" and arguments[0] == "requeue" and state["refuse"]:
             raise UserError("scontrol: Requested operation is presently disabled")
+        if command == "squeue":
+            return state["steps"]
         return "8\n" if command == "sbatch" else state["shown"]
 
     monkeypatch.setattr(requeue, "slurm", slurm)
@@ -228,7 +231,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def asked(queue: dict[str, Any]) -> list[list[str]]:
-    return [one for one in queue["asked"] if one[:3] != ["scontrol", "show", "job"]]
+    return [one for one in queue["asked"] if one[1] not in ("show", "--noheader")]
 
 
 def test_an_interruption_is_requeued_once(queue: dict[str, Any]) -> None:
@@ -260,6 +263,15 @@ def test_failures_start_again_while_that_leads_on(queue: dict[str, Any]) -> None
     assert requeue.decide(path, 137) == requeue.AGAIN
     assert requeue.decide(path, 75) == requeue.LEAVE  # in vain, once
     assert requeue.decide(path, 1) == requeue.LEAVE  # twice: the limit
+    assert asked(queue) == [["scontrol", "requeue", "7"]]
+
+
+def test_where_a_step_does_not_end_nothing_starts_beside_it(
+    queue: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requeue, "PATIENCE", 0.0)
+    queue["steps"] = "7.3\n7.batch\n"
+    assert requeue.decide(queue["run"].path, 1) == requeue.LEAVE
     assert asked(queue) == [["scontrol", "requeue", "7"]]
 
 

@@ -18,7 +18,8 @@ The loop, with each hook in its place:
     run_ends(run)
     failed(run, error)                               # instead of run_ends, when an error ends the run
 
-Every hook but `logged` runs on all ranks, so a hook may use collectives as long as it does so on every rank.
+Every hook but `logged` runs on all ranks, so a hook may use collectives as long as it does so on every rank. After an
+interruption a step that was cut short begins again, and a `step_ends` that asked `run.leave_if_told()` is called again.
 """
 
 from __future__ import annotations

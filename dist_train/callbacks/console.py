@@ -74,7 +74,7 @@ class Console(Callback):
             return
         screen = self._close()
         end = f"stopped: {run.stopping}" if run.stopping else "done"
-        if not run.is_last:
+        if run.cut_short or not run.is_last:
             end = f"interrupted by {run.interruption.reason}, saved"
         line = Text.assemble((end, "bold green"), f"  step {run.step:,}  {clock(run.seconds)}")
         if run.best:

@@ -40,6 +40,7 @@ class Samples(Callback):
     def step_ends(self, run: Trainer) -> None:
         if not (run.every(self.every) or run.is_last):
             return
+        run.leave_if_told()
         networks = run.view(self.weights_of)
         randomness.reseed(run.seed, 0, randomness.EVALUATION, 0)
         with torch.no_grad():

@@ -59,12 +59,19 @@ class Throughput(Callback):
             self._flops[turns] = counter.work.flops
             self._restart(run)  # a step that was counted is slow
             return
+        if (
+            turns not in self._flops
+        ):  # the step that an interruption had cut short: another start has counted it
+            return
         self._done += self._flops[turns]
         if run.every(run.recipe.log.every) or run.is_last or run.row:
             self._record(run)
 
     def failed(self, run: Trainer, error: BaseException) -> None:
-        if self._counting is not None:
+        self.run_ends(run)
+
+    def run_ends(self, run: Trainer) -> None:
+        if self._counting is not None:  # within a step that is not to end
             self._counting[1].__exit__(None, None, None)
 
     def _record(self, run: Trainer) -> None:
