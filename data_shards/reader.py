@@ -121,12 +121,12 @@ class Shards:
             column = self._stacked(spec, numbers, places)
         elif kind == "cls":
             column = self._labels(numbers, places)
+        elif kind in decode.PICTURES and spec.shape and None not in spec.shape:
+            column = self._pictures(spec.shape, numbers, places)
         if column is not None:
             return column
-        views = self._views(numbers, places)
-        if kind in decode.PICTURES and spec.shape and None not in spec.shape:
-            return self._pictures(name, spec.shape, ids, views)
-        return [self._decode(i, name, view) for i, view in zip(ids.tolist(), views, strict=True)]
+        views = zip(ids.tolist(), self._views(numbers, places), strict=True)
+        return [self._decode(i, name, view) for i, view in views]
 
     def _field(self, name: str) -> int:
         """Which of the fields in a row of a table has this name."""
@@ -187,13 +187,17 @@ class Shards:
         return labels
 
     def _pictures(
-        self, name: str, shape: list[int | None], ids: np.ndarray, views: list[memoryview]
-    ) -> Any:
-        """Pictures decoded into one array, if all have the shape that the index names."""
-        pixels = np.empty((len(ids), *(side or 0 for side in shape)), np.uint8)
-        rows = zip(ids.tolist(), views, pixels, strict=True)
-        decoded = [self._decode(i, name, view, out) for i, view, out in rows]
-        return pixels if all(one.shape == pixels.shape[1:] for one in decoded) else decoded
+        self, shape: list[int | None], numbers: np.ndarray, places: np.ndarray
+    ) -> np.ndarray | None:
+        """Pictures decoded into one array; None where one has not the shape that the index names, or is damaged."""
+        pixels = np.empty((len(numbers), *(side or 0 for side in shape)), np.uint8)
+        try:
+            for view, out in zip(self._views(numbers, places), pixels, strict=True):
+                if decode_picture(view, shape[2], out).shape != out.shape:
+                    return None
+        except (ValueError, OSError, SyntaxError, TypeError):
+            return None  # said where it is decoded alone, with the sample's name
+        return pixels
 
     def needs(self, ids: np.ndarray) -> list[tuple[Bucket, Shard]]:
         """The shards that reading `ids` fetches from elsewhere, in that order."""
@@ -221,8 +225,7 @@ class Shards:
     def _shard(self, i: int) -> Shard:
         return self.shards[int(np.searchsorted(self._stops, i, "right"))]
 
-    def _decode(self, i: int, name: str, view: memoryview, out: np.ndarray | None = None) -> Any:
-        """The value of a field; a picture stands in `out` then, if it has its shape."""
+    def _decode(self, i: int, name: str, view: memoryview) -> Any:
         suffix = self.fields[name][1]
         kind = suffix.rpartition(".")[2]
         try:
@@ -232,7 +235,7 @@ class Shards:
                 return int(array) if kind == "cls" else array
             if kind in decode.PICTURES:
                 shape = self.index.fields[suffix].shape
-                return decode_picture(view, shape[2] if shape else None, out)
+                return decode_picture(view, shape[2] if shape else None)
             return decode.DECODERS.get(kind, bytes)(view)
         except UserError:
             raise
