@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import re
 import time
@@ -161,4 +162,5 @@ def _filesystem(protocol: str, stall: float) -> Any:
     if protocol == "s3":
         bounds = {"connect_timeout": CONNECT, "read_timeout": stall, "retries": {"max_attempts": 1}}
         return fsspec.filesystem(protocol, config_kwargs=bounds)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a traceback for each try; ours is a line
     return fsspec.filesystem(protocol, timeout=stall)
