@@ -57,7 +57,11 @@ class Assembler:
         self.reads = tuple(dict.fromkeys([*self.kinds, *reads]))
         for transform in transforms:
             self.kinds |= getattr(transform, "makes", {})
-        self.on_device = on_device and self.kinds.get("image") == "image"
+        self.on_device = on_device
+        if on_device and self.kinds.get("image") != "image":
+            raise UserError(
+                f"transforms on the device: {shards.index.name} has no pictures in a field 'image'"
+            )
 
     def tensors(self, ids: np.ndarray, epochs: np.ndarray) -> dict[str, torch.Tensor]:
         """The fields of the samples `ids` (b,), drawn for `epochs` (b,); each tensor has b rows."""

@@ -117,8 +117,9 @@ class TrainingBatches:
     def from_(self, step: int, stop: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield (step, this rank's micro-batches) for the steps [step, stop)."""
         steps = range(step, stop)
-        for item in zip(steps, _fetched(self._make.needs, self._ahead, steps), strict=True):
-            yield item[0], [self._finish(micro) for micro in item[1]]
+        made = _fetched(self._make.needs, self._ahead, steps)
+        for now, micros in zip(steps, made, strict=True):
+            yield now, [self._finish(micro) for micro in micros]
 
 
 @dataclass(frozen=True)

@@ -162,5 +162,6 @@ def _filesystem(protocol: str, stall: float) -> Any:
     if protocol == "s3":
         bounds = {"connect_timeout": CONNECT, "read_timeout": stall, "retries": {"max_attempts": 1}}
         return fsspec.filesystem(protocol, config_kwargs=bounds)
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a traceback for each try; ours is a line
+    # it logs a traceback for each try of its own; ours is a line
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.filesystem(protocol, timeout=stall)

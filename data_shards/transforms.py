@@ -54,7 +54,9 @@ class RandomCrop(Batched):
     draws = 2
 
     def __init__(self, size: int, padding: int = 0) -> None:
-        _positive("random_crop", size=size, **({"padding": padding} if padding else {}))
+        _positive("random_crop", size=size)
+        if padding < 0:
+            raise UserError(f"random_crop: padding {padding} must not be negative")
         self.side = size
         self.padding = padding
 
