@@ -265,11 +265,13 @@ def _charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     training = [name for run in runs for name in run.losses()]
     losses = [n for n in names if n in training or n == f"{EVALUATE}loss"]
     ends = {rate: [n for n in names if n.rpartition("/")[2] == rate] for rate in RATES}
-    taken = {*losses, *(n for group in ends.values() for n in group)}
+    ranks = [n for n in names if "effective_rank/" in n]
+    taken = {*losses, *ranks, *(n for group in ends.values() for n in group)}
     others = [n for n in names if n not in taken]
     wanted: list[tuple[str, list[str]]] = [("Loss", losses)]
     wanted += [(_title(n), [n]) for n in others if n.startswith(EVALUATE)]
     wanted += [(title, ends[rate]) for rate, title in RATES.items()]
+    wanted += [("Effective rank", ranks)]
     wanted += [(_title(n), [n]) for n in others if not n.startswith(EVALUATE)]
     charts = []
     for title, group in wanted:

@@ -123,6 +123,15 @@ def test_the_newest_plot_of_each_kind_is_shown(tmp_path: Path) -> None:
     assert shown == [file.read_bytes() for file in wanted]
 
 
+def test_ranks_of_all_matrices_share_a_chart(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    for step in (500, 510):
+        directory.append_row({"step": step, "effective_rank/a": 3.0, "effective_rank/b": 2.0})
+    page = Page(write_report([directory.path]).read_text())
+    assert page.text.count("Effective rank") == 1
+    assert "effective rank a" in page.text and "effective rank b" in page.text
+
+
 def test_names_are_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     directory = RunDirectory.create_at(tmp_path / "run")
