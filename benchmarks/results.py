@@ -189,6 +189,15 @@ ROWS = (
         ("model.norm=none", "optimizer.learning_rate=0.1"),
     ),
     Row("use", "fine-tuned", "fine-tune-emoji", "emoji-twitter", "accuracy", trunk="AlexNet"),
+    Row(
+        "use",
+        "fine-tuned, nothing frozen",
+        "fine-tune-emoji",
+        "emoji-twitter",
+        "accuracy",
+        ("optimizer.groups=[]",),
+        trunk="AlexNet",
+    ),
     Row("use", "from scratch, as long", "fine-tune-emoji", "emoji-twitter", "accuracy", SCRATCH),
     Row(
         "use",
@@ -225,8 +234,8 @@ PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
         (("loss", "training loss"), ("evaluate/loss", "validation loss")),
     ),
     "course-fine-tuning": (
-        "seconds",
-        ("fine-tuned", "from scratch, as long", "from scratch, five times as long"),
+        "epoch",
+        ("fine-tuned", "fine-tuned, nothing frozen", "from scratch, as long"),
         (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
     ),
     "course-fashion": (
