@@ -43,6 +43,7 @@ bench: peers
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/watch.py
 	$(BIN)/python benchmarks/traffic.py
+	$(BIN)/python benchmarks/engine.py
 
 parity: install
 	$(BIN)/python tests/parity_table.py

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from dist_train.world import World
 
 BUCKET_BYTES = 25 * 1024 * 1024
+"""What a bucket of a large network holds."""
+SHARES, LEAST_BYTES = 8, 1024 * 1024
+"""A small network has so many buckets, so that sums hide behind its backward too, but none of fewer bytes than that."""
 
 
 class Buckets:
@@ -23,13 +26,15 @@ class Buckets:
         self.launch_when_ready = False
         self.flat: list[Tensor] = []
         self.members: list[list[nn.Parameter]] = []
+        share = sum(p.numel() * p.element_size() for p in parameters) // SHARES
+        full = min(BUCKET_BYTES, max(LEAST_BYTES, share))
         for parameter in reversed(parameters):
             bytes_so_far = (
                 sum(p.numel() * p.element_size() for p in self.members[-1]) if self.members else 0
             )
             if (
                 not self.members
-                or bytes_so_far >= BUCKET_BYTES
+                or bytes_so_far >= full
                 or self.members[-1][0].dtype != parameter.dtype
                 or self.members[-1][0].device != parameter.device
             ):

@@ -85,17 +85,16 @@ def grid(cases: list[Case], data: str, folder: str) -> dict[str, dict[str, Any]]
 
 
 def floors(cases: list[Case], data: str, folder: str) -> dict[str, dict[str, float]]:
-    """By name of the reference what one process shows against itself, of every entry the larger of two: its
-    micro-batches summed in reverse, and every gradient moved by half a rounding."""
+    """By name of the reference what one process shows against itself: of every entry the largest of eight runs, its
+    micro-batches summed forward and in reverse, every gradient moved by half a rounding, up or down by four seeds."""
     found: dict[str, dict[str, float]] = {}
     for name, case in {reference_name(case): case for case in cases}.items():
         recipe = family_recipe(case[0], data, case[2] * case[3], case[4])
         found[name] = {}
-        for order in ("reversed", "forward"):
-            directory = Path(folder) / f"{name}-{order}"
+        for order, seed in itertools.product(("forward", "reversed"), range(4)):
+            directory = Path(folder) / f"{name}-{order}-{seed}"
             with parity.trainer_of(recipe, World(), directory, order) as trainer:
-                if order == "forward":
-                    parity.watch(trainer, parity.Rounded())
+                parity.watch(trainer, parity.Rounded(seed))
                 differences = parity.step_locked(trainer, Path(folder) / name, STEPS)
             for full, (difference, _) in differences.items():
                 found[name][full] = max(found[name].get(full, 0.0), difference)

@@ -107,14 +107,20 @@ class Rounded(Callback):
 
     priority = 2
 
+    def __init__(self, seed: int | None = None) -> None:
+        """Up and down in turn, or at random by a seed."""
+        self._random = None if seed is None else torch.Generator().manual_seed(seed)
+
     def gradients_ready(self, run: Trainer, turn: Any) -> None:
         trained = run.engines[turn.player].trained.values()
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         norms = [float(gradient.norm()) for gradient in gradients]
         least = SMALL * math.hypot(*norms)
         for gradient, norm in zip(gradients, norms, strict=True):
-            up = torch.arange(gradient.numel(), device=gradient.device) % 2
-            signs = (2 * up - 1).view(gradient.shape).to(gradient.dtype)
+            up = torch.arange(gradient.numel()) % 2
+            if self._random is not None:
+                up = torch.randint(0, 2, (gradient.numel(),), generator=self._random)
+            signs = (2 * up - 1).view(gradient.shape).to(gradient)
             size = ROUNDING / 2 * max(norm, least) / math.sqrt(gradient.numel())
             gradient.add_(signs, alpha=size)
 
