@@ -786,11 +786,20 @@ def two_ranks(folder: str, extensions: str) -> dict[str, Any]:
     }
 
 
-def one_rank(sources: list[str], folder: str) -> dict[str, Any]:
-    """What two ranks saved, loaded by one."""
+def save_here(strategies: list[str], folder: str) -> dict[str, Any]:
+    """`save_all` in this world."""
     world = World.join(group=True)
     pin_threads(1, 1)
-    found = load_all(world, sources, ("single", *MOVED), Path(folder))
+    found = save_all(world, tuple(strategies), Path(folder))
+    world.leave()
+    return found
+
+
+def load_here(sources: list[str], strategies: list[str], folder: str) -> dict[str, Any]:
+    """`load_all` in this world."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    found = load_all(world, sources, tuple(strategies), Path(folder))
     world.leave()
     return found
 

@@ -45,7 +45,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     state = two.pop("state")
     assert "error" not in state, state["error"]
     saved |= state["saved"]
-    (one,) = spawn_ranks(1, cases.one_rank, list(saved), str(folder), timeout=60)
+    (one,) = spawn_ranks(1, cases.load_here, list(saved), LOADERS, str(folder), timeout=60)
     loaded = {**state["loaded"], **one}
     return {**two, "checks": checks, "saved": saved, "loaded": loaded, "folder": folder}
 
