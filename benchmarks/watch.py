@@ -39,11 +39,18 @@ LATE_FROM, HANGS_AT, LIMIT = 100, 20, 2.0
 class Late(Callback):
     """Rank 1 waits half of what its steps took before their collectives so far."""
 
+    def run_begins(self, run: Trainer) -> None:
+        loss: Any = run.objective.loss
+
+        def late(turn: Any, networks: Any, micro: Any, scalars: Any) -> Any:
+            if run.world.rank == 1 and run.step >= LATE_FROM and micro is run.batch[0]:
+                time.sleep(0.5 * self.usual)
+            return loss(turn, networks, micro, scalars)
+
+        run.objective.loss = late  # type: ignore[method-assign]
+
     def step_begins(self, run: Trainer) -> None:
-        if run.world.rank == 1 and run.step >= LATE_FROM:
-            spent = run.heartbeat.spent
-            time.sleep(0.5 * self.usual)
-        elif run.step:
+        if 0 < run.step < LATE_FROM:
             spent = run.heartbeat.spent
             self.usual = sum(spent[p] for p in ("data", "forward", "backward")) / run.step
 

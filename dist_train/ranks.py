@@ -190,12 +190,8 @@ class _Supervisor:
         """The first failure: a rank that ended without a word, by a signal or of itself (what the others then report
         is that they lost it), else the earliest traceback on disk."""
         time.sleep(0.2)  # let a rank that failed at the same moment write its own traceback
-        reports = [
-            json.loads(path.read_text())
-            for path in sorted(
-                self.scratch.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns
-            )
-        ]
+        reports = [json.loads(path.read_text()) for path in self.scratch.glob("failure-*.json")]
+        reports.sort(key=lambda report: report["at"])
         for report in reports:
             if report["user_error"]:
                 return UserError(report["message"])
@@ -277,6 +273,7 @@ def _run_rank(
     except BaseException as error:
         report = {
             "rank": f"rank-{rank}",
+            "at": time.monotonic(),  # one clock for all processes of a machine, which nobody sets
             "user_error": isinstance(error, UserError),
             "message": f"{type(error).__name__}: {error}"
             if not isinstance(error, UserError)

@@ -181,11 +181,17 @@ class StopsOnce(Callback):
 
 
 class Late(Callback):
-    """Rank 1 takes 60 ms longer from step 10 on."""
+    """Rank 1 takes 30 ms longer for each forward from step 10 on."""
 
-    def step_begins(self, run: Trainer) -> None:
-        if run.step >= 10 and run.world.rank == 1:
-            time.sleep(0.06)
+    def run_begins(self, run: Trainer) -> None:
+        loss: Any = run.objective.loss
+
+        def late(*arguments: Any) -> Any:
+            if run.step >= 10 and run.world.rank == 1:
+                time.sleep(0.03)
+            return loss(*arguments)
+
+        run.objective.loss = late  # type: ignore[method-assign]
 
 
 def bare(recipe: Recipe) -> Recipe:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -301,3 +302,14 @@ def test_the_wheel_is_complete(wheel):
     assert not [
         name for name in wheel if "/tests/" in name or "benchmarks" in name or name.endswith(".pyc")
     ]
+
+
+CLOCKS = {"launch/doctor.py", "launch/smoke.py"}
+"""They compare the clocks of machines."""
+
+
+@pytest.mark.parametrize("path", python_files(*CODE), ids=name_of)
+def test_no_wait_heeds_a_clock_that_is_set(path):
+    """NTP, or a person, may set the wall clock back or ahead: durations and deadlines are monotonic."""
+    if name_of(path) not in CLOCKS:
+        assert not re.search(r"\btime\.time(_ns)?\(|from time import .*\btime\b", path.read_text())

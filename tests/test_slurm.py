@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dist_train.run import train
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import assert_same_run
 
+RAY = Path(__file__).parents[1] / "slurm" / "ray.sbatch"
 GATE = '''
 import os, time
 from dist_train.callbacks import Callback
@@ -242,3 +244,25 @@ def test_doctor_does_not_wait_for_nodes_that_do_not_come(
     cluster.ask("scancel", other.strip())
     assert "has not given them within 1 s (Resources)" in capfd.readouterr().err
     assert "dist-train-smoke" not in cluster.ask("squeue", "-h", "-o", "%j")
+
+
+@pytest.mark.soak
+def test_a_ray_cluster_inside_an_allocation(
+    cluster: Cluster, recipe: Recipe, tmp_path: Path
+) -> None:
+    """On one node: Ray refuses to form a cluster of several on loopback, where these two are."""
+    if " " in sys.executable:
+        pytest.skip("Ray cannot start workers from a path with a space")
+    file, run_dir = tmp_path / "tiny.yaml", tmp_path / "run"
+    file.write_text(recipe.set("callbacks.gate", None).to_yaml())
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = cluster.ask(
+        *("env", f"PATH={path}", "sbatch", "--parsable", "--nodes=1", "--cpus-per-task=1"),
+        *(f"--output={tmp_path / 'out'}", str(RAY), str(run_dir), str(file)),
+    ).strip()
+    wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), "the job's end", 200)
+    told = (tmp_path / "out").read_text()
+    assert cluster.state(job) == "COMPLETED", told
+    assert RunDirectory(run_dir).rows()[-1]["step"] == 12
+    assert "RAY_AUTH_TOKEN" not in told
+    wait_for(lambda: not processes_of(run_dir), "the last process's end", 10)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import cases
 import pytest
+from slurm_cluster import SEARCHED, wait_for
 
 from dist_train import run, watch
 from dist_train.callbacks.stragglers import straggler
@@ -17,11 +22,14 @@ from dist_train.run_directory import RunDirectory
 from dist_train.testing import RankFailed, assert_same_run, spawn_ranks
 
 LIMIT = 3.0
+ENVIRON = os.environ | {"PATH": SEARCHED}
+LINK = ["unshare", "--net", "ip", "link", "add", "one", "type", "veth", "peer", "name", "two"]
 
 # (what happens, ranks) and what the report must begin with
 HANGS = {
     ("stop@backward:1:9", 2): "rank 1 stopped by a signal in step 5, backward",
     ("hold@reduce:0:5", 2): "rank 0 held in step 6, step",
+    ("stop@save:1:0", 2): "rank 1 stopped by a signal in step 6, save",
     ("hold@evaluate:0:2", 1): "rank 0 held in step 6, evaluate",
     (
         "mismatched",
@@ -52,6 +60,61 @@ def test_a_hang_is_found_named_and_ended(
     stacks = report.split("\nstacks of rank ")[1:]
     assert len(stacks) == ranks
     assert all("trainer.py" in text and "in train" in text for text in stacks), report
+
+
+def test_a_network_that_falls_silent(tiny_data: Path, tmp_path: Path) -> None:
+    """Two nodes, each in a network of its own: what they send comes to nobody, and no connection is closed."""
+    if shutil.which("ip", path=SEARCHED) is None or subprocess.run(LINK, env=ENVIRON).returncode:
+        pytest.skip("needs root that may make networks, and iproute2")
+    plan = cases.tiny_recipe("resnet", tiny_data, watch__hang_after=LIMIT).set(
+        "log.every", "1 step"
+    )
+    recipe, run_dir = tmp_path / "tiny.yaml", tmp_path / "run"
+    plan = plan.set("callbacks.checkpoint.every", "1 step")
+    recipe.write_text(plan.set("duration", "100000 steps").to_yaml())
+    train = [sys.executable, "-m", "dist_train", "train", recipe, "--run-dir", run_dir]
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    common |= {"MASTER_ADDR": "10.99.0.1", "MASTER_PORT": "29400"}
+    ranks = [
+        subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", 'read go && exec "$@"', "rank", *train],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | common | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": f"cable{rank}"},
+        )
+        for rank in range(2)
+    ]
+
+    def ip(rank: int | None, *words: str) -> None:
+        inside = [] if rank is None else ["nsenter", f"--net=/proc/{ranks[rank].pid}/ns/net"]
+        subprocess.run([*inside, "ip", *words], check=True, timeout=10, env=ENVIRON)
+
+    def in_its_own_network(process: subprocess.Popen[bytes]) -> bool:
+        return os.readlink(f"/proc/{process.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+
+    try:
+        wait_for(lambda: all(map(in_its_own_network, ranks)), "two networks", 30)
+        first, second = (str(process.pid) for process in ranks)
+        peer = ("peer", "name", "cable1", "netns", second)
+        ip(None, "link", "add", "cable0", "netns", first, "type", "veth", *peer)
+        for rank, process in enumerate(ranks):
+            ip(rank, "link", "set", "lo", "up")
+            ip(rank, "address", "add", f"10.99.0.{rank + 1}/24", "dev", f"cable{rank}")
+            ip(rank, "link", "set", f"cable{rank}", "up")
+            assert process.stdin is not None
+            process.stdin.write(b"go\n")
+            process.stdin.close()
+        wait_for(lambda: len(RunDirectory(run_dir).rows()) > 20, "some steps")
+        for rank in range(2):  # frames for the other now go to a card that there is not
+            nowhere = ("lladdr", "02:00:00:00:00:01", "nud", "permanent")
+            ip(rank, "neighbour", "replace", f"10.99.0.{2 - rank}", "dev", f"cable{rank}", *nowhere)
+        assert [process.wait(60) for process in ranks] == [-signal.SIGALRM] * 2
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    report = (run_dir / "logs" / "hang.txt").read_text()
+    assert report.startswith(f"hang: nothing moved for {LIMIT:g} s: all ranks wait in step"), report
 
 
 def test_a_run_that_hangs_is_started_again_and_is_the_unbroken_run(
@@ -129,7 +192,8 @@ def test_a_save_that_writes_is_left_alone(tmp_path: Path) -> None:
     with heart.watched(directory.path, 0, 1, 0.5), (tmp_path / "tensors").open("wb", 0) as file:
         heart.enter("save")
         for _ in range(8):
-            file.write(b"x" * 1000)
+            file.seek(0)
+            file.write(bytes(16 << 20))
             signal.sigtimedwait([signal.SIGUSR1], 0.2)
     assert not (directory.logs / "hang.txt").exists()
 
