@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,10 +88,11 @@ class MappedShards:
         self._tables[number] = table.ctypes.data
 
 
-class _Everywhere:
-    """Memory from `start` on, seen as pieces of `size` bytes that begin at every byte."""
+class _Memory:
+    """Memory from `start` on, seen by numpy as pieces of `size` bytes that begin at every byte; `owner` stays alive."""
 
-    def __init__(self, start: int, pieces: int, size: int) -> None:
+    def __init__(self, start: int, pieces: int, size: int, owner: Any = None) -> None:
+        self.owner = owner
         self.__array_interface__ = {
             "data": (start, True),
             "shape": (pieces,),
@@ -105,18 +107,17 @@ def _gathered(addresses: np.ndarray, size: int) -> np.ndarray:
     if not len(addresses) or not size:
         return np.empty(0, np.uint8)
     first = int(addresses.min())
-    pieces = np.asarray(_Everywhere(first, int(addresses.max()) - first + 1, size))
+    pieces = np.asarray(_Memory(first, int(addresses.max()) - first + 1, size))
     return pieces[addresses - first].view(np.uint8)
 
 
 def _mapped(path: Path, size: int | None = None) -> np.ndarray:
-    """The bytes of a file, mapped read-only. torch does not keep the file open, as Python's mmap would."""
+    """The bytes of a file, mapped read-only. A storage of torch does not keep the file open, as Python's mmap would."""
     try:
         found = path.stat().st_size
         if size not in (None, found):
             raise UserError(f"{path}: has {found} bytes, {size} when it was indexed")
-        content = torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8).numpy()
+        storage = torch.UntypedStorage.from_file(str(path), False, found)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be opened: {error}") from error
-    content.flags.writeable = False
-    return content
+    return np.asarray(_Memory(storage.data_ptr(), found, 1, owner=storage)).view(np.uint8)

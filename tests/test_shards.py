@@ -132,6 +132,16 @@ def test_shards_of_a_large_split_stand_in_a_file_of_columns(tmp_path: Path, monk
             Index.load(folder)
 
 
+def test_shards_are_read_under_fake_tensors(tmp_path: Path) -> None:
+    """As `plan` packs and indexes a source that no run has used yet."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        write_shards(tmp_path / "set", "set", rows(), shard_size=10)
+        sample = Shards(tmp_path / "set", "train").sample(11)
+    assert sample["text"] == "sample 11 \u00e9"
+
+
 def test_few_shards_stay_open(folder: Path) -> None:
     """Also where one batch needs more than may stay."""
     shards = Shards(folder, "train", storage=Folder(folder, most_open=1))
