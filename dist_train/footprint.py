@@ -21,8 +21,6 @@ FASTEST_FIRST: tuple[dict[str, Any], ...] = (
 )
 """Each needs less memory than those before it, and more traffic or more waiting."""
 BUCKET = 4 * ZERO_BUCKET
-LIVE = 4 * 10**9
-"""Of ZeRO-3's weights at most so many bytes are counted as gathered."""
 RESERVED = 0.08
 """The share of a GPU's memory that is left to its driver, its libraries and fragmentation."""
 
@@ -64,17 +62,21 @@ def rank_memory(
     held["optimizer"] = (
         0 if on_host else -(-state // ranks) + part
     )  # with the fp32 weights it updates
-    held["activations"] = max(step.activations, 2 * part)  # or the flat gradients of the update
     accumulated = micro_batches > 1
     if name == "zero3":
-        gathered = min(trained, LIVE)
-        held["weights"] = frozen + gathered + (0 if offload == "all" else part)
+        # layer by layer, but the networks of other players, which a turn sees frozen, whole
+        gathered = step.largest if players == 1 else weights
+        scattered = 2 * min(trained, max(BUCKET, step.largest))
+        held["weights"] = gathered + (0 if offload == "all" else part + -(-frozen // ranks))
         held["gradients"] = part
-        held["buckets"] = players * BUCKET + 2 * gathered  # what it gathers and scatters, flat
+        held["buckets"] = players * BUCKET + scattered
+        held["activations"] = max(step.activations, part - scattered)
     else:
         held["weights"] = weights
         held["gradients"] = 0 if not accumulated else trained if name == "zero1" else part
         held["buckets"] = BUCKET  # one player at a time
+        # or the update, when gradients and bucket are gone: this rank's own, flat, twice
+        held["activations"] = max(step.activations, 2 * part - held["gradients"] - BUCKET)
     return held
 
 

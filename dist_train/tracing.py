@@ -61,11 +61,13 @@ class Step:
 
     `activations` is the most that lives beside weights, gradients, optimiser, buffers and batch within forward and
     backward; `with_gradients` the same with the gradients that are there at that moment; `update` the most that the
-    optimiser's step needs for itself. `turns` is the work of forward and backward of all its micro-batches.
+    optimiser's step needs for itself; `largest` is one weight. `turns` is the work of forward and backward of all its
+    micro-batches.
     """
 
     micro_batches: int
     weights: dict[str, int]
+    largest: int
     trained: dict[str, int]
     optimizer: dict[str, int]
     buffers: int
@@ -241,6 +243,7 @@ def _traced(trainer: Trainer, batch: list[Any]) -> Step:
     return Step(
         micro_batches=len(batch),
         weights={p: _bytes(e.names.values()) for p, e in trainer.engines.items()},
+        largest=max(_bytes([w]) for e in trainer.engines.values() for w in e.names.values()),
         trained={p: _bytes(e.trained.values()) for p, e in trainer.engines.items()},
         optimizer={
             p: sum(_bytes(part.tensor for part in parts) for parts in e.optimizer_state.values())

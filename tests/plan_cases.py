@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import itertools
+import math
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cases
 from torch import Tensor, nn
@@ -19,12 +23,14 @@ from dist_train.world import World, pin_threads
 NOWHERE = RunDirectory(Path("nowhere"))
 
 
-def large(model: str, data: Path | str, micro_batches: int, strategy: str) -> Recipe:
+def large(
+    data: Path | str, model: str, micro_batches: int, strategy: str, dim: int = 256
+) -> Recipe:
     """A tiny recipe made large enough that what it holds dominates."""
     recipe = cases.tiny_recipe(model, data, micro_batches=micro_batches, strategy=strategy)
     recipe = recipe.set("callbacks", {})
     if model == "transformer":
-        return recipe.set("model.dropout", 0.0).set("model.dim", 256).set("model.depth", 6)
+        return recipe.set("model.dropout", 0.0).set("model.dim", dim).set("model.depth", 6)
     if model == "resnet":
         return recipe.set("model.width", 32).set("model.depth", 20)
     return recipe.set("model.generator.width", 64).set("model.critic.width", 64)
@@ -40,35 +46,68 @@ class Read:
         yield from self.batches[step:stop]
 
 
-def measured_peak(recipe: Recipe, world: World, steps: int = 3) -> int:
-    """Bytes that torch allocated at most, but for the batches, from before the trainer is built to the last step."""
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def allocated() -> int:
+    """Bytes that this process has of its allocator (Linux), whichever thread took or freed them."""
+    mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+    mallinfo.restype = _MallInfo
+    now = mallinfo()
+    return int(now.uordblks + now.hblkhd)
+
+
+def measured_peak(recipe: Recipe, world: World, steps: int = 5) -> int:
+    """Bytes that torch holds at most within a step, but for the batches and for what was there before the build.
+
+    In one process the profiler tells. It does not see what the threads of gloo free: a tensor of a collective, whenever
+    they let go of it last.
+    So what the build leaves is the less of what profiler and allocator say, and what a step adds is that of the step
+    with the fewest such tensors: of steps of even and of odd number, for a generator may have a turn each second one.
+    """
     pin_threads(1, 1)
     batches = list(
         RunData(recipe, world).batches.from_(0, steps)
     )  # before we count: reading takes memory of the host
     gc.collect()  # what came before would be freed while we count
+    before = allocated()
+    marks = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = run.build(recipe, world, NOWHERE)
         trainer.callbacks.by_name = {}
         gc.collect()  # weights from before DeepSpeed flattened them hang in cycles
         trainer.data = Read(batches)
-        trainer.train(until=steps)
+        built = allocated() - before
+        for step in range(steps):
+            marks.append(time.time_ns())
+            trainer.train(until=step + 1)
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = most = 0
-    for _, change in changes:
-        held += change
-        most = max(most, held)
-    return most
+    if world.size == 1:
+        return max(itertools.accumulate(change for _, change in changes))
+    added = []
+    for begin, end in zip(marks, [*marks[1:], math.inf], strict=True):
+        within = [change for at, change in changes if begin <= at < end]
+        added.append(max(itertools.accumulate(within, initial=0)))
+    built = min(built, sum(change for at, change in changes if at < marks[0]))
+    return built + max(min(added[1::2]), min(added[2::2]))
 
 
 def measured_in_ranks(data: str, grid: list[list[Any]]) -> dict[str, int]:
-    """The peak of rank 0 for each (model, micro-batches, strategy)."""
+    """The peak of rank 0 for each (model, micro-batches, strategy, width)."""
     world = World.join(group=True)
     found = {}
-    for model, micro_batches, strategy in grid:
-        recipe = large(model, data, micro_batches, strategy)
-        found[f"{model}-{micro_batches}-{strategy}"] = measured_peak(recipe, world)
+    for case in grid:
+        found["-".join(map(str, case))] = measured_peak(large(data, *case), world)
     world.leave()
     return found
 

@@ -130,7 +130,7 @@ def test_data_and_disk_are_checked(tiny_data: Path, tmp_path: Path) -> None:
 def test_what_cannot_fit_is_refused_with_what_would(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = plan_cases.large("transformer", tiny_data, 4, "ddp").set("model.dim", 512)
+    recipe = plan_cases.large(tiny_data, "transformer", 4, "ddp").set("model.dim", 512)
     recipe = recipe.set("callbacks.checkpoint", {"keep": 3})
     step, _ = foresee(recipe, run.build_one, micro_batches=2)
     needs = {

@@ -17,6 +17,7 @@ from dist_train.models.mlp import MLP
 from dist_train.networks import Networks
 from dist_train.objectives import Turn
 from dist_train.objectives.classification import Classification, cutmix, mixup
+from dist_train.objectives.language_modelling import LanguageModelling
 from dist_train.objectives.regression import Regression, gaussian_nll
 
 TURN = Turn("model")
@@ -222,6 +223,25 @@ def test_regression_trains_on_standardised_targets_and_tells_its_own_units(varia
     assert figure("r2", rows, micro) == pytest.approx(r2, rel=1e-6)
     assert figure("rmse", rows, micro) == pytest.approx(float(errors.square().mean().sqrt()))
     assert figure("nll", rows, micro) == pytest.approx(nll.double().mean().item())
+
+
+def test_a_number_a_sample_is_a_column() -> None:
+    torch.manual_seed(0)
+    statistics = {"target": {"mean": [2.0], "std": [3.0]}}
+    output, target = torch.randn(2, 23, 1)
+    objective = Regression(statistics=statistics)
+    networks = Networks({"model": nn.Identity()})
+    column = objective.evaluate(networks, Micro(features=output, target=target))  # type: ignore[arg-type]
+    flat = objective.evaluate(networks, Micro(features=output, target=target[:, 0]))  # type: ignore[arg-type]
+    assert all(torch.equal(flat[name], value) for name, value in column.items())
+    with pytest.raises(UserError, match=r"'target' is \(23, 1, 1\), expected \(B, D\) or \(B,\)"):
+        loss_of(objective, nn.Identity(), Micro(features=output, target=target[:, None]))
+
+
+def test_chunk_with_a_model_that_gives_logits_is_one_line() -> None:
+    micro = Micro(tokens=torch.zeros(2, 5, dtype=torch.long), length=torch.tensor([4, 4]))
+    with pytest.raises(UserError, match=r"objective\.chunk: asks the model for .* leave chunk out"):
+        loss_of(LanguageModelling(chunk=4), nn.Embedding(3, 3), micro)
 
 
 def test_constant_variance_is_beaten_by_no_other_constant() -> None:

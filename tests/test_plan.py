@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from dist_train.world import World
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 GRID = [["transformer", m, s] for m in (2, 4) for s in STRATEGIES]
-GRID += [["wgan_gp", 4, "zero1"]]
+GRID += [["wgan_gp", 4, "zero1"], ["wgan_gp", 4, "zero3"]]
+DOMINATING = [["transformer", m, s, 768] for m in (2, 4) for s in STRATEGIES]
 
 
 def foreseen(recipe: Recipe, ranks: int = 1) -> Step:
@@ -36,7 +38,7 @@ def foreseen(recipe: Recipe, ranks: int = 1) -> Step:
 @pytest.mark.parametrize("model", cases.MODELS)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_memory_of_one_process(model: str, micro_batches: int, tiny_data: Path) -> None:
-    recipe = plan_cases.large(model, tiny_data, micro_batches, "single")
+    recipe = plan_cases.large(tiny_data, model, micro_batches, "single")
     held = footprint.rank_memory(foreseen(recipe), {"name": "single"}, 1, micro_batches)
     del held["batch"]
     found = plan_cases.measured_peak(recipe, World())
@@ -47,24 +49,36 @@ def test_memory_of_one_process(model: str, micro_batches: int, tiny_data: Path) 
     assert sum(held.values()) == pytest.approx(found, rel=within)
 
 
-def test_memory_of_two_ranks(tiny_data: Path) -> None:
-    found = spawn_ranks(2, plan_cases.measured_in_ranks, str(tiny_data), GRID, timeout=150)[0]
-    for model, micro_batches, strategy in GRID:
-        recipe = plan_cases.large(model, tiny_data, micro_batches, strategy)
-        step = foreseen(recipe, 2)
+def compared(data: Path, grid: list[list[Any]]) -> Iterator[tuple[str, int, int]]:
+    """(strategy, bytes foreseen, bytes measured) of each case in two ranks."""
+    found = spawn_ranks(2, plan_cases.measured_in_ranks, str(data), grid, timeout=890)[0]
+    for case in grid:
+        model, micro_batches, strategy, *_ = case
+        step = foreseen(plan_cases.large(data, *case), 2)
         held = sum(footprint.rank_memory(step, {"name": strategy}, 2, micro_batches // 2).values())
         held -= step.batch * micro_batches // 2
-        peak = found[f"{model}-{micro_batches}-{strategy}"]
+        peak = found["-".join(map(str, case))]
         print(f"{model} x{micro_batches} {strategy}: {held:,} / {peak:,} = {held / peak:.3f}")
-        if (
-            strategy == "ddp"
-        ):  # what DeepSpeed holds differs from run to run: docs/RESULTS.md has its figures
-            assert held == pytest.approx(peak, rel=0.05), (model, micro_batches, strategy)
+        yield strategy, held, peak
+
+
+def test_memory_of_two_ranks(tiny_data: Path) -> None:
+    """A bucket may still be on its way when the next is full: these models are no larger than one."""
+    buckets = {"ddp": 0, "zero1": 1, "zero2": 1, "zero3": 2}
+    for strategy, held, peak in compared(tiny_data, GRID):
+        assert abs(held - peak) <= 0.05 * peak + buckets[strategy] * footprint.BUCKET
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_memory_of_two_ranks_that_a_model_dominates(tiny_data: Path) -> None:
+    for _, held, peak in compared(tiny_data, DOMINATING):
+        assert held == pytest.approx(peak, rel=0.05)
 
 
 def test_flops_follow_the_convention(tiny_data: Path) -> None:
     """6 N + 12 L d T a token, N without the table of positions; attention's backward counts a half more than twice."""
-    recipe = plan_cases.large("transformer", tiny_data, 1, "single")
+    recipe = plan_cases.large(tiny_data, "transformer", 1, "single")
     step = foreseen(recipe)
     (work,) = step.turns.values()
     dim, depth, batch = 256, 6, 24
@@ -84,7 +98,7 @@ def test_a_step_that_depends_on_values_is_refused(tiny_data: Path) -> None:
 
 
 def test_auto_never_takes_a_slower_one_than_needed(tiny_data: Path) -> None:
-    recipe = plan_cases.large("transformer", tiny_data, 4, "ddp")
+    recipe = plan_cases.large(tiny_data, "transformer", 4, "ddp")
     step = foreseen(recipe, 2)
     choices = footprint.candidates(recipe, 2)
     assert [c["name"] for c in choices[:4]] == list(STRATEGIES)
@@ -168,7 +182,7 @@ def test_the_command(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_larger_micro_batch_is_the_largest_that_fits(tiny_data: Path) -> None:
-    recipe = plan_cases.large("transformer", tiny_data, 4, "ddp")
+    recipe = plan_cases.large(tiny_data, "transformer", 4, "ddp")
     found = plan(recipe, device("h100"), per_node=2)["strategies"][0]
     assert found["largest_micro_batch"] == 12
     assert all(one.half >= one.fp32 for one in DEVICES.values())

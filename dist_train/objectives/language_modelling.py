@@ -61,7 +61,13 @@ class LanguageModelling(Objective):
         real = torch.arange(targets.shape[1], device=tokens.device) < length[:, None]  # (B, T)
         real[rows:] = False
         if self.chunk:
-            return networks.model(inputs, targets, real, self.chunk)
+            try:
+                return networks.model(inputs, targets, real, self.chunk)
+            except TypeError as error:
+                raise UserError(
+                    "objective.chunk: asks the model for model(tokens, targets, weights, chunk) -> sum of losses, which"
+                    f" failed: {error}; leave chunk out for a model that gives logits"
+                ) from error
         logits = networks.model(inputs)  # (B, T, V)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return (losses.view_as(targets) * real).sum()

@@ -26,7 +26,7 @@ def gaussian_nll(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
 
 
 class Regression(Objective):
-    """`model(inputs) -> (B, D)` against the field `target` (B, D).
+    """`model(inputs) -> (B, D)` against the field `target` (B, D), or (B,) where each sample has one number.
 
     The target is standardised with the statistics that stand in the index of its shards (mean 0 and deviation 1 over
     the training split), so the loss is in those units; predictions and metrics are in the target's own.
@@ -81,11 +81,20 @@ class Regression(Objective):
         return {
             "prediction": mean * self.std + self.mean,
             "deviation": (0.5 * log_variance).exp() * self.std,
-            "target": micro[self.target],
+            "target": self._targets(micro),
             "nll": (nll + self.std.log()).sum(dim=1),  # a density in the target's own units
             "loss_sum": losses[: micro.real].mean(dim=1).double().sum(),
             "loss_count": losses.new_tensor(micro.real),
         }
+
+    def _targets(self, micro: MicroBatch) -> Tensor:
+        """(B, D)."""
+        target = micro[self.target]
+        if target.ndim > 2:
+            raise UserError(
+                f"objective.target: '{self.target}' is {tuple(target.shape)}, expected (B, D) or (B,) numbers"
+            )
+        return target[:, None] if target.ndim == 1 else target
 
     def _losses(
         self, networks: Networks, micro: MicroBatch
@@ -94,7 +103,7 @@ class Regression(Objective):
 
         A variance that is not predicted is 1.
         """
-        output, target = networks.model(micro[self.inputs]), micro[self.target]
+        output, target = networks.model(micro[self.inputs]), self._targets(micro)
         self.mean, self.std = self.mean.to(target), self.std.to(target)
         target = (target - self.mean) / self.std
         wanted = (len(target), target.shape[1] * (2 if self.variance == "predicted" else 1))
