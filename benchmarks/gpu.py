@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from gpu_workloads import Bench, Workload, plain_recipe, workloads
 
-from dist_train import footprint, run
+from dist_train import assembly, footprint
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.data_shards.write import write_shards
 from dist_train.hardware import device_like
@@ -77,11 +77,11 @@ def shards_of(work: Workload, folder: Path) -> str:
 def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[str, Any]:
     """Rates of our trainer and of the raw loop, interleaved, and what ours holds."""
     recipe = Recipe(**plain_recipe(work, shards_of(work, folder)))
-    step, _ = foresee(recipe, run.build_one)
+    step, _ = foresee(recipe, assembly.build_one)
     foreseen = sum(footprint.rank_memory(step, {"name": "single"}, 1, 1).values())
     reset_peak(bench)
     directory = RunDirectory.create_at(folder / f"run-{work.name}")
-    trainer = run.build(recipe, World(device=bench.device), directory)
+    trainer = assembly.build(recipe, World(device=bench.device), directory)
     generator = torch.Generator().manual_seed(1)
     drawn = [work.fields(generator, work.batch) for _ in range(BATCHES)]
     batches = [{k: v.to(bench.device) for k, v in one.items()} for one in drawn]

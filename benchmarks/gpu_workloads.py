@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train import run
+from dist_train import assembly
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.objectives import Objective, Turn
 from dist_train.recipe import Recipe
@@ -198,7 +198,7 @@ def raw_gan(
 
 
 def fresh_networks(work: Workload, bench: Bench) -> dict[str, nn.Module]:
-    made = run.make_networks(Recipe(**plain_recipe(work, "nowhere")), {})
+    made = assembly.make_networks(Recipe(**plain_recipe(work, "nowhere")), {})
     return {
         name: module.to(bench.device)
         for modules in made.values()

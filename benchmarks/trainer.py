@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_train import run
+from dist_train import assembly
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.data_shards.write import write_shards
 from dist_train.optimizers import adamw
@@ -100,7 +100,7 @@ def make_trainer(folder: Path, model: nn.Module, steps: int) -> Trainer:
         },
     )
     directory = RunDirectory.create_at(folder / "run")
-    trainer = run.build(recipe, World(), directory, model=model)
+    trainer = assembly.build(recipe, World(), directory, model=model)
     trainer.data = Prepared()
     trainer.callbacks.call("run_begins", trainer)
     return trainer

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_train import run, trained
+from dist_train import assembly, run, trained
 from dist_train.data import data_folders
 from dist_train.errors import UserError
 from dist_train.ranks import start_ranks
@@ -106,7 +106,7 @@ def _train_members(plain: tuple[dict[str, Any], str, Path], folder: str, resampl
     for number in range(world.rank, resamples, world.size):
         mine = recipe.set("data.resample", {"name": "bootstrap", "seed": number})
         path = Path(folder) / _member(number)
-        trainer = run.build(mine, World(), RunDirectory.create_at(path))
+        trainer = assembly.build(mine, World(), RunDirectory.create_at(path))
         trainer.callbacks.by_name.pop("evaluate", None)
         run.begin(trainer, None)
         trainer.train()

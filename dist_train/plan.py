@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dist_train import footprint, run
+from dist_train import assembly, footprint
 from dist_train.auto import GIB
 from dist_train.callbacks.learning_rate_decay import LearningRateDecay
 from dist_train.duration import Duration
@@ -34,11 +34,11 @@ def plan(
     recipe.check_components()
     ranks = nodes * per_node
     share = shared_out(recipe, ranks)
-    step, trainer = foresee(recipe, run.build_one, micro_batches=min(share, 2))
+    step, trainer = foresee(recipe, assembly.build_one, micro_batches=min(share, 2))
     steps = _real_length(trainer, recipe)
     often = turns_per_step(trainer.objective.turns)
     other = _other_size(recipe, ranks)
-    second = foresee(recipe, run.build_one, other, min(share, 2))[0] if other else step
+    second = foresee(recipe, assembly.build_one, other, min(share, 2))[0] if other else step
     limit = device.memory * GIB * (1 - footprint.RESERVED)
     rows: list[dict[str, Any]] = []
     choices = footprint.candidates(recipe, ranks)
@@ -92,7 +92,7 @@ def check_fit(recipe: Recipe, ranks: int, limit: float, where: str) -> int:
     Of players under several strategies the leanest counts; under DeepSpeed settings of one's own nothing is refused.
     """
     share = shared_out(recipe, ranks)
-    step, trainer = foresee(recipe, run.build_one, micro_batches=min(share, 2))
+    step, trainer = foresee(recipe, assembly.build_one, micro_batches=min(share, 2))
     saved = sum(
         part.tensor.numel() * part.tensor.element_size()
         for engine in trainer.engines.values()
@@ -109,7 +109,7 @@ def check_fit(recipe: Recipe, ranks: int, limit: float, where: str) -> int:
         return saved
     strategy = asked[needs.index(need)]
     other = _other_size(recipe, ranks)
-    second = foresee(recipe, run.build_one, other, min(share, 2))[0] if other else step
+    second = foresee(recipe, assembly.build_one, other, min(share, 2))[0] if other else step
     largest = _largest(recipe, strategy, ranks, (step, second), other, limit)
     fitting = footprint.fastest(choices, step, ranks, share, limit)
     remedies = [f"strategy {named(fitting)}"] if fitting else []
@@ -147,7 +147,7 @@ def _real_length(trainer: Trainer, recipe: Recipe) -> int:
 
 def _rates(trainer: Trainer, recipe: Recipe, steps: int) -> dict[str, list[float]]:
     """The learning rate of each player at 0, 25, 50, 75 and 100 % of the run."""
-    schedules = [c for c in run.make_callbacks(recipe) if isinstance(c, LearningRateDecay)]
+    schedules = [c for c in assembly.make_callbacks(recipe) if isinstance(c, LearningRateDecay)]
     for schedule in schedules:
         schedule.run_begins(trainer)
     rates: dict[str, list[float]] = {player: [] for player in trainer.engines}

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import checkpoint, randomness
+from dist_train.assembly import build
 from dist_train.data import data_folders, evaluation_batches
 from dist_train.data_shards import tokens
 from dist_train.data_shards.sources import locate
 from dist_train.errors import CheckpointError, UserError
 from dist_train.recipe import Recipe
-from dist_train.run import build
 from dist_train.run_directory import RunDirectory
 from dist_train.trainer import Trainer
 from dist_train.world import World, pin_threads

@@ -14,7 +14,7 @@ import cases
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dist_train import run
+from dist_train import assembly
 from dist_train.data import RunData
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
@@ -82,7 +82,7 @@ def measured_peak(recipe: Recipe, world: World, steps: int = 5) -> int:
     before = allocated()
     marks = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer = run.build(recipe, world, NOWHERE)
+        trainer = assembly.build(recipe, world, NOWHERE)
         trainer.callbacks.by_name = {}
         gc.collect()  # weights from before DeepSpeed flattened them hang in cycles
         trainer.data = Read(batches)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cases import tiny_recipe
 from torch import nn
 
-from dist_train import blocks, run
+from dist_train import assembly, blocks
 from dist_train.errors import UserError
 from dist_train.models.chunked_cross_entropy import chunked_cross_entropy
 from dist_train.run_directory import RunDirectory
@@ -147,7 +147,7 @@ def test_what_cannot_be_compiled_is_refused(tiny_data: Path, tmp_path: Path, cas
     model, changes, message = REFUSED[case]
     recipe = tiny_recipe(model, tiny_data, **changes)
     with pytest.raises(UserError, match=message):
-        run.build(recipe, World(), RunDirectory.create_at(tmp_path / "run"))
+        assembly.build(recipe, World(), RunDirectory.create_at(tmp_path / "run"))
 
 
 def test_without_a_compiler_compile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

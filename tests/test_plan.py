@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train import footprint, run
+from dist_train import assembly, footprint, run
 from dist_train.auto import resolve
 from dist_train.errors import UserError
 from dist_train.hardware import DEVICES, device
@@ -32,7 +32,7 @@ DOMINATING = [["transformer", m, s, 768] for m in (2, 4) for s in STRATEGIES]
 
 def foreseen(recipe: Recipe, ranks: int = 1) -> Step:
     count = recipe.data.global_batch // recipe.data.micro_batch // ranks
-    return foresee(recipe, run.build_one, micro_batches=min(count, 2))[0]
+    return foresee(recipe, assembly.build_one, micro_batches=min(count, 2))[0]
 
 
 @pytest.mark.parametrize("model", cases.MODELS)
@@ -116,7 +116,7 @@ def test_auto_never_takes_a_slower_one_than_needed(tiny_data: Path) -> None:
 
 def test_auto_is_resolved_before_the_run(tiny_data: Path, tmp_path: Path) -> None:
     recipe = cases.tiny_recipe("wgan_gp", tiny_data, duration="4 steps", strategy="auto")
-    assert resolve(recipe, World(), run.build_one).strategies == {
+    assert resolve(recipe, World(), assembly.build_one).strategies == {
         "generator": {"name": "single"},
         "critic": {"name": "single"},
     }
@@ -147,7 +147,9 @@ def test_auto_foresees_the_module_that_is_given(
 def test_auto_says_what_is_missing(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_train.auto.rank_limit", lambda world: 1000.0)
     with pytest.raises(UserError, match=r"strategy: auto: a rank has 0\.0 GiB"):
-        resolve(cases.tiny_recipe("resnet", tiny_data, strategy="auto"), World(), run.build_one)
+        resolve(
+            cases.tiny_recipe("resnet", tiny_data, strategy="auto"), World(), assembly.build_one
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from cases import tiny_recipe
 from parity_models import Adversarial, family_recipe
 from torch import nn
 
-from dist_train import run
+from dist_train import assembly, run
 from dist_train.errors import UserError
 from dist_train.objectives import Turn
 from dist_train.testing import spawn_ranks
@@ -51,7 +51,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(
 def test_synchronised_needs_one_micro_batch_a_rank(tiny_data: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe("resnet", tiny_data, batch_norm="synchronised", micro_batches=4)
     with pytest.raises(UserError, match=r"expected data.micro_batch 24 instead of 6"):
-        run.build(recipe, World(), run.RunDirectory.create_at(tmp_path / "run"))
+        assembly.build(recipe, World(), run.RunDirectory.create_at(tmp_path / "run"))
 
 
 def test_pools_move_with_their_slots(tiny_data: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_weight_of_two_players_is_refused(tiny_data: Path, tmp_path: Path) -> 
     networks = {"generator": nn.Sequential(trunk), "discriminator": nn.Sequential(trunk, nn.ReLU())}
     directory = run.RunDirectory.create_at(tmp_path / "run")
     with pytest.raises(UserError, match=r"discriminator.0.weight is a weight of 'generator' too"):
-        run.build(recipe, World(), directory, model=networks)
+        assembly.build(recipe, World(), directory, model=networks)
 
 
 class Trunk(Adversarial):
@@ -122,7 +122,7 @@ def test_a_shared_trunk_belongs_to_one_player(tiny_data: Path, tmp_path: Path) -
     recipe = recipe.set("model.generator", {"trunk": some, "generator": some})
     recipe = recipe.set("model.discriminator", some).set("optimizer.weight_decay", 0.0)
     directory = run.RunDirectory.create_at(tmp_path / "run")
-    trainer = run.build(recipe, World(), directory, model=networks())
+    trainer = assembly.build(recipe, World(), directory, model=networks())
     run.begin(trainer, None)
     trainer.train(until=1)
     image, plain = trainer.batch[0]["image"], networks()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_train import checkpoint, components, run
+from dist_train import assembly, checkpoint, components
 from dist_train.data import data_folders
 from dist_train.errors import UserError
 from dist_train.objectives import Objective
@@ -62,7 +62,7 @@ def verify(
     Raises: UserError for a batch that the ranks cannot share, or a recipe that does not train at all.
     """
     recipe.check_components()
-    run.make_callbacks(recipe)
+    assembly.make_callbacks(recipe)
     _check_ranks(recipe, ranks)
     objective: Objective = components.build("objective", recipe.objective, "objective")
     if steps is None:

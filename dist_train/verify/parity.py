@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_train import checkpoint, run
+from dist_train import assembly, checkpoint, run
 from dist_train.callbacks import Callback
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
@@ -50,7 +50,7 @@ def trainer_of(
     if world.is_main and not directory.exists():
         RunDirectory.create_at(directory)
     world.barrier()
-    trainer = run.build(recipe, world, RunDirectory(directory), micro_order=micro_order)
+    trainer = assembly.build(recipe, world, RunDirectory(directory), micro_order=micro_order)
     trainer.callbacks.by_name.pop("evaluate", None)
     run.begin(trainer, resume)
     yield trainer
