@@ -50,6 +50,11 @@ class Job:
         """Where the job's output goes."""
         return self.run_dir / "logs" / "job.log"
 
+    @property
+    def logs(self) -> list[Path]:
+        """The files that the job's output goes to: one, or one for each member of an array."""
+        return [self.run_dir / "logs" / f"job-{n}.log" for n in self.spec.members] or [self.log]
+
     def member(self, number: int) -> Path:
         """The run directory of a member of an array."""
         return self.run_dir / f"member-{number}"
@@ -132,7 +137,9 @@ class Backend(ABC):
 
     def logs(self, job: Job) -> Iterator[str]:
         """What the job has printed so far; asked again, what has come since."""
-        return follow(job.log)
+        files = [follow(path) for path in job.logs]
+        while True:
+            yield "".join(map(next, files))
 
 
 def follow(path: Path) -> Iterator[str]:

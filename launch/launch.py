@@ -166,6 +166,7 @@ def cancel(run: Run, as_json: Json = False) -> None:
 
 def _follow(run: str) -> None:
     """Show the output of a run as it comes; ends with the run, and with its failure."""
+    from dist_train.interruption import REQUEUE
     from dist_train.launch import jobs
 
     for text in jobs.output(run, until_end=True):
@@ -176,6 +177,8 @@ def _follow(run: str) -> None:
     if state["state"] in ("failed", "cancelled", "unknown"):
         typer.echo(f"{run}: {state['state']} ({state['detail']})", err=True)
         raise typer.Exit(1)
+    if state["state"] == "interrupted":  # saved, and not put back into a queue by anyone
+        raise typer.Exit(REQUEUE)
 
 
 def _each(texts: list[str]) -> dict[str, list[Any]]:

@@ -211,6 +211,8 @@ def test_array(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
 
     wait_for(over, "the members' end")
     assert jobs.statuses(str(job.run_dir))["run"]["state"] == "done"
+    told = "".join(jobs.output(str(job.run_dir), until_end=False))
+    assert all(str(job.member(number)) in told for number in range(4)), told
     for number in range(4):
         member = plain.set("seed", plain.seed + number)
         whole = train(member, run_dir=tmp_path / f"whole-{number}")["run_dir"]

@@ -161,19 +161,23 @@ def test_a_thousand_names_arrive_byte_for_byte_or_are_refused(tmp_path: Path) ->
             "container_image": image,
             "container_mounts": mounts,
             "sbatch": {"comment": comment},
+            "constraint": text(PLAIN),
+            "account": text(PLAIN),
         }
+        name = text(PLAIN)
         try:
             one = job(run_dir)
-            one = replace(one, spec=replace(make_spec({}, {"on": "slurm", **flags})))
+            one = replace(one, name=name, spec=replace(make_spec({}, {"on": "slurm", **flags})))
             rendered = render(one)
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
             continue
         found = options(rendered)
-        assert found["comment"] == comment
+        assert found["comment"] == comment and found["job-name"] == name
+        assert (found["constraint"], found["account"]) == (flags["constraint"], flags["account"])
         assert found["output"].replace("%%", "%") == f"{one.run_dir}/logs/job.log"
-        assert len(found) == len(options(render(job()))) + 1, "no option has slipped in"
+        assert len(found) == len(options(render(job()))) + 3, "no option has slipped in"
         containers = [f"--container-image={image}", f"--container-mounts={mounts}"]
         expected.append(["--wait=60", *containers, *one.train_command()])
         script += f"({rendered})\n"
