@@ -109,10 +109,10 @@ ROWS = (
         published="90.0 %: MLP 256-128-64",
     ),
     *(
-        Row("F5", name, "optimisers-mnist", "mnist5k", "error", settings)
+        Row("F5", name, "optimisers-mnist", "mnist5k", "error", settings, seeds=3)
         for name, settings in OPTIMISERS.items()
     ),
-    Row("F4", "no regularisation", "regularisation-mnist", "mnist5k", "error"),
+    Row("F4", "no regularisation", "regularisation-mnist", "mnist5k", "error", seeds=3),
     Row(
         "F4",
         "weight decay",
@@ -120,9 +120,14 @@ ROWS = (
         "mnist5k",
         "error",
         ("optimizer.weight_decay=3e-3",),
+        seeds=3,
     ),
-    Row("F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=3e-4",)),
-    Row("F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.3",)),
+    Row(
+        "F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=3e-4",), seeds=3
+    ),
+    Row(
+        "F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.3",), seeds=3
+    ),
     Row(
         "F8",
         "early stopping",
@@ -130,6 +135,7 @@ ROWS = (
         "mnist5k",
         "error",
         ("callbacks.early_stopping.patience=5",),
+        seeds=3,
     ),
     Row(
         "C1",

@@ -95,7 +95,7 @@ def candidates(recipe: Recipe, ranks: int) -> list[dict[str, Any]]:
         alone, offloads = strategy["name"] == "single", "offload" in strategy
         if alone if ranks > 1 else not alone and not offloads:
             continue
-        if whole and strategy["name"].startswith("zero"):
+        if (whole or recipe.placement) and strategy["name"].startswith("zero"):
             continue
         found.append(dict(strategy))
     return found

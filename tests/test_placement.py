@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_train import placement
 from dist_train.errors import UserError
+from dist_train.footprint import candidates
 from dist_train.launch.preflight import check_placement
 from dist_train.launch.spec import Spec
 from dist_train.models.alexnet import AlexNet
@@ -122,6 +123,14 @@ def test_a_node_has_the_gpus_of_its_ranks(tiny_data: Path) -> None:
     check_placement(split, Spec(gpus_per_node=4, ranks_per_node=2))
     with pytest.raises(UserError, match=r"4 ranks a node of 2 GPUs each need 8, got 4; .*-node 2"):
         check_placement(split, Spec(gpus_per_node=4))
+
+
+def test_plan_offers_what_a_placement_can_have(tiny_data: Path) -> None:
+    split = recipe(tiny_data, placement=SPLIT)
+    assert [[s["name"] for s in candidates(split, ranks)] for ranks in (1, 2)] == [
+        ["single"],
+        ["ddp"],
+    ]
 
 
 def test_fewer_gpus_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
