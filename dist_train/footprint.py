@@ -73,7 +73,9 @@ def rank_memory(
         held["activations"] = max(step.activations, part - scattered)
     else:
         held["weights"] = weights
-        held["gradients"] = 0 if not accumulated else trained if name == "zero1" else part
+        # its own of this micro-batch, which the rank of the last layers has early, and what it has summed so far
+        summed = 0 if not accumulated else part if name == "zero2" else trained - part
+        held["gradients"] = part + summed
         held["buckets"] = BUCKET  # one player at a time
         # or the update, when gradients and bucket are gone: this rank's own, flat, twice
         held["activations"] = max(step.activations, 2 * part - held["gradients"] - BUCKET)

@@ -142,10 +142,10 @@ def test_what_cannot_fit_is_refused_with_what_would(
             prepare(recipe, flags, tmp_path / "run")
         for word in (
             "under ddp, and a GPU (h100) has",
-            "strategy zero2 or data.micro_batch 2 would",
+            "strategy zero3 or data.micro_batch 2 would",
         ):
             assert word in str(caught.value)
-        prepare(recipe.set("strategy", "zero2"), flags, tmp_path / "run")
+        prepare(recipe.set("strategy", "zero3"), flags, tmp_path / "run")
         prepare(recipe.set("data.micro_batch", 2), flags, tmp_path / "run")
     weights = sum(step.weights.values())
     monkeypatch.setattr("dist_train.launch.preflight.MAX_BYTES", 0)

@@ -50,14 +50,14 @@ def test_memory_of_one_process(model: str, micro_batches: int, tiny_data: Path) 
 
 
 def compared(data: Path, grid: list[list[Any]]) -> Iterator[tuple[str, int, int]]:
-    """(strategy, bytes foreseen, bytes measured) of each case in two ranks."""
-    found = spawn_ranks(2, plan_cases.measured_in_ranks, str(data), grid, timeout=890)[0]
+    """(strategy, bytes foreseen, bytes measured) of each case; of two ranks the one that holds more."""
+    ranks = spawn_ranks(2, plan_cases.measured_in_ranks, str(data), grid, timeout=890)
     for case in grid:
         model, micro_batches, strategy, *_ = case
         step = foreseen(plan_cases.large(data, *case), 2)
         held = sum(footprint.rank_memory(step, {"name": strategy}, 2, micro_batches // 2).values())
         held -= step.batch * micro_batches // 2
-        peak = found["-".join(map(str, case))]
+        peak = max(found["-".join(map(str, case))] for found in ranks)
         print(f"{model} x{micro_batches} {strategy}: {held:,} / {peak:,} = {held / peak:.3f}")
         yield strategy, held, peak
 
@@ -72,8 +72,9 @@ def test_memory_of_two_ranks(tiny_data: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_memory_of_two_ranks_that_a_model_dominates(tiny_data: Path) -> None:
+    """Never more than 5 % too low; too high by what a quick network leaves out."""
     for _, held, peak in compared(tiny_data, DOMINATING):
-        assert held == pytest.approx(peak, rel=0.05)
+        assert peak / 1.05 <= held <= 1.1 * peak
 
 
 def test_flops_follow_the_convention(tiny_data: Path) -> None:
