@@ -66,7 +66,7 @@ def allocated() -> int:
     return int(now.uordblks + now.hblkhd)
 
 
-def measured_peak(recipe: Recipe, world: World, steps: int = 5) -> int:
+def measured_peak(recipe: Recipe, world: World, steps: int = 3) -> int:
     """Bytes that torch holds at most within a step, but for the batches and for what was there before the build.
 
     In one process the profiler tells. It does not see what the threads of gloo free: a tensor of a collective, whenever
@@ -102,12 +102,12 @@ def measured_peak(recipe: Recipe, world: World, steps: int = 5) -> int:
     return built + max(min(added[1::2]), min(added[2::2]))
 
 
-def measured_in_ranks(data: str, grid: list[list[Any]]) -> dict[str, int]:
+def measured_in_ranks(data: str, grid: list[list[Any]], steps: int) -> dict[str, int]:
     """The peak of rank 0 for each (model, micro-batches, strategy, width)."""
     world = World.join(group=True)
     found = {}
     for case in grid:
-        found["-".join(map(str, case))] = measured_peak(large(data, *case), world)
+        found["-".join(map(str, case))] = measured_peak(large(data, *case), world, steps)
     world.leave()
     return found
 

@@ -49,9 +49,9 @@ def test_memory_of_one_process(model: str, micro_batches: int, tiny_data: Path) 
     assert sum(held.values()) == pytest.approx(found, rel=within)
 
 
-def compared(data: Path, grid: list[list[Any]]) -> Iterator[tuple[str, int, int]]:
+def compared(data: Path, grid: list[list[Any]], steps: int) -> Iterator[tuple[str, int, int]]:
     """(strategy, bytes foreseen, bytes measured) of each case; of two ranks the one that holds more."""
-    ranks = spawn_ranks(2, plan_cases.measured_in_ranks, str(data), grid, timeout=890)
+    ranks = spawn_ranks(2, plan_cases.measured_in_ranks, str(data), grid, steps, timeout=890)
     for case in grid:
         model, micro_batches, strategy, *_ = case
         step = foreseen(plan_cases.large(data, *case), 2)
@@ -65,7 +65,7 @@ def compared(data: Path, grid: list[list[Any]]) -> Iterator[tuple[str, int, int]
 def test_memory_of_two_ranks(tiny_data: Path) -> None:
     """A bucket may still be on its way when the next is full: these models are no larger than one."""
     buckets = {"ddp": 0, "zero1": 1, "zero2": 1, "zero3": 2}
-    for strategy, held, peak in compared(tiny_data, GRID):
+    for strategy, held, peak in compared(tiny_data, GRID, 3):
         assert abs(held - peak) <= 0.05 * peak + buckets[strategy] * footprint.BUCKET
 
 
@@ -73,7 +73,7 @@ def test_memory_of_two_ranks(tiny_data: Path) -> None:
 @pytest.mark.timeout(900)
 def test_memory_of_two_ranks_that_a_model_dominates(tiny_data: Path) -> None:
     """Never more than 5 % too low; too high by what a quick network leaves out."""
-    for _, held, peak in compared(tiny_data, DOMINATING):
+    for _, held, peak in compared(tiny_data, DOMINATING, 5):
         assert peak / 1.05 <= held <= 1.1 * peak
 
 
