@@ -10,6 +10,7 @@ from typing import Any
 from dist_train import assembly, footprint
 from dist_train.auto import GIB
 from dist_train.callbacks.learning_rate_decay import LearningRateDecay
+from dist_train.data import data_folders
 from dist_train.duration import Duration
 from dist_train.errors import UserError
 from dist_train.hardware import Device
@@ -34,6 +35,7 @@ def plan(
     recipe.check_components()
     ranks = nodes * per_node
     share = shared_out(recipe, ranks)
+    data_folders(recipe)  # packed now: files cannot be mapped where every tensor is fake
     step, trainer = foresee(recipe, assembly.build_one, micro_batches=min(share, 2))
     steps = _real_length(trainer, recipe)
     often = turns_per_step(trainer.objective.turns)
@@ -92,6 +94,7 @@ def check_fit(recipe: Recipe, ranks: int, limit: float, where: str) -> int:
     Of players under several strategies the leanest counts; under DeepSpeed settings of one's own nothing is refused.
     """
     share = shared_out(recipe, ranks)
+    data_folders(recipe)  # packed now: files cannot be mapped where every tensor is fake
     step, trainer = foresee(recipe, assembly.build_one, micro_batches=min(share, 2))
     saved = sum(
         part.tensor.numel() * part.tensor.element_size()
