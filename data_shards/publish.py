@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dist_train.errors import UserError
@@ -70,7 +70,8 @@ def alone(folder: Path) -> Iterator[None]:
 def _locked(folder: Path) -> int:
     """The folder, made where it is missing, opened and locked: the lock ends with the process."""
     while True:
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # exist_ok would look again, and may find it gone
+            folder.mkdir()
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # another process was done just now

@@ -8,7 +8,7 @@ from typing import Any
 
 from cases import strategy
 
-from dist_train import run
+from dist_train import assembly, run
 from dist_train.recipe import Recipe
 from dist_train.verify import parity
 from dist_train.world import World
@@ -166,7 +166,7 @@ def alone(data: str, folder: str) -> dict[str, Any]:
 def _learns(recipe: Recipe, folder: Path, case: str) -> dict[str, Any]:
     """30 steps on one batch."""
     with parity.trainer_of(recipe, World(), folder) as trainer:
-        trainer.data = run.Repeated(trainer.data, 1)
+        trainer.data = assembly.Repeated(trainer.data, 1)
         gradients = parity.Gradients()
         parity.watch(trainer, gradients)
         trainer.train()

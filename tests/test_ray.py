@@ -16,6 +16,7 @@ from typing import Any
 import cases
 import pytest
 
+from dist_train.callbacks.wandb import history
 from dist_train.errors import UserError
 from dist_train.launch import ray as backend
 from dist_train.launch.cli import main
@@ -122,7 +123,7 @@ def recipe(tiny_data: Path, tmp_path: Path) -> Path:
     plan = plan.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
     plan = plan.set("callbacks.checkpoint.every", "20 steps").set("log.every", "1 step")
     file = tmp_path / "tiny.yaml"
-    file.write_text(plan.to_yaml())
+    file.write_text(plan.set("callbacks.wandb", {"mode": "offline"}).to_yaml())
     spawn_ranks(2, cases.train_case, plan.as_dict(), str(tmp_path / "whole"), "", None, timeout=120)
     return file
 
@@ -138,9 +139,10 @@ def ended(run_dir: Path, state: str = "done") -> None:
 
 
 def assert_as_unbroken(run_dir: Path) -> None:
-    """The same bits, one row a step, and nobody left over."""
+    """The same bits, one row a step, in the tracker too, and nobody left over."""
     assert_same_run(run_dir.parent / "whole", run_dir)
-    assert [row["step"] for row in RunDirectory(run_dir).rows()] == list(range(1, STEPS + 1))
+    for rows in (RunDirectory(run_dir).rows(), history(run_dir / "wandb")):
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     eventually(lambda: not processes_of(run_dir), 10)
 
 

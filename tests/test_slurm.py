@@ -13,6 +13,7 @@ import cases
 import pytest
 from slurm_cluster import Cluster, missing, processes_of, wait_for
 
+from dist_train.callbacks.wandb import history
 from dist_train.launch import jobs
 from dist_train.launch.backend import Job
 from dist_train.launch.cli import main
@@ -145,8 +146,8 @@ def test_requeue(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Pat
 
 
 def test_preemption(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
-    """By a job of a partition that may take the nodes; Slurm requeues, and nobody else does."""
-    job = launch(recipe, tmp_path / "run")
+    """By a job of a partition that may take the nodes; Slurm requeues, and nobody else does. One run in W&B."""
+    job = launch(recipe.set("callbacks.wandb", {"mode": "offline"}), tmp_path / "run")
     at_the_gate(job)
     other = cluster.ask(
         *("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null"),
@@ -156,6 +157,7 @@ def test_preemption(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: 
     (job.run_dir / "open").touch()
     ended(cluster, job)
     assert_as_unbroken(unbroken, job.run_dir)
+    assert [row["step"] for row in history(job.run_dir / "wandb")] == list(range(1, 13))
     assert (
         len(cluster.ask("squeue", "-h", "-t", "all", "-n", "resnet", "-o", "%i %T %r").split()) > 0
     )
