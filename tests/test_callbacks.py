@@ -167,7 +167,7 @@ def tensors(run_dir: Path, step: int, prefix: str) -> dict[str, torch.Tensor]:
 def test_early_stopping_rewinds_to_the_best(
     ranks: dict[int, dict[str, Any]], tiny_data: Path, count: int
 ) -> None:
-    """Evaluations 0.5, 0.3, 0.4, 0.35 at steps 2, 4, 6, 8: it ends at step 8 with everything as at step 4."""
+    """F8. Evaluations 0.5, 0.3, 0.4, 0.35 at steps 2, 4, 6, 8: it ends at step 8 with everything as at step 4."""
     result, run_dir = ranks[count]["stopped"], ranks[1]["folder"] / f"stopped-{count}"
     assert result["steps"] == 8
     assert result["best"] == {"step": 4, "value": 0.3, "metric": "engine_cases:Planned"}

@@ -1,4 +1,4 @@
-"""The networks of the course: the shapes and the numbers of weights that their papers state."""
+"""The networks of the course (C1 to C4): the shapes and the numbers of weights that their papers state."""
 
 from __future__ import annotations
 

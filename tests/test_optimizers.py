@@ -1,4 +1,7 @@
-"""Optimisers against their written update rules in float64, and under every strategy against one process."""
+"""Optimisers (F5) against their written update rules in float64, and under every strategy against one process.
+
+Regularisation (F4) too: decay as the MAP gradient, what l1 makes sparse, what dropout keeps.
+"""
 
 from __future__ import annotations
 

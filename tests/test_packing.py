@@ -199,7 +199,7 @@ def test_splits_have_any_name_and_survive_an_index(tmp_path: Path) -> None:
 
 
 def test_splits_depend_on_nothing_but_keys(tmp_path: Path) -> None:
-    """Disjoint, and the same in another order, with other shard sizes, among other samples."""
+    """F9. Disjoint, and the same in another order, with other shard sizes, among other samples."""
 
     def keys(folder: Path) -> dict[str, set[str]]:
         splits = {split: Shards(folder, split) for split in Index.load(folder).splits}

@@ -1,4 +1,4 @@
-"""AlexNet over two devices is AlexNet: the same outputs, weights and checkpoints; what cannot be is refused by name."""
+"""AlexNet (C2) over two devices: the same outputs, weights and checkpoints; what cannot be is refused by name."""
 
 from __future__ import annotations
 

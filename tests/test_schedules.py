@@ -1,4 +1,4 @@
-"""Schedules against their written values."""
+"""Schedules (F6) against their written values."""
 
 from __future__ import annotations
 

@@ -193,6 +193,7 @@ def test_idx(tmp_path: Path) -> None:
 
 
 def test_diabetes_is_standardised_by_the_statistics_of_the_index(tmp_path: Path) -> None:
+    """C5: mean 0 and deviation 1 over a pass."""
     datasets = pytest.importorskip("sklearn.datasets")
     index = pack("diabetes", tmp_path / "diabetes")
     features, target = datasets.load_diabetes(return_X_y=True, scaled=False)
