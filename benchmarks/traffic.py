@@ -24,7 +24,7 @@ from torch import nn
 from dist_train.engine import make_engine
 from dist_train.networks import Player
 from dist_train.ranks import start_ranks
-from dist_train.wire import Payload
+from dist_train.verify.payload import Payload
 from dist_train.world import World, pin_threads
 
 STEPS, WIDTH, DEPTH = 3, 512, 6

@@ -108,7 +108,7 @@ def first_index(folder: Path, on_damage: str) -> Index:
     """Make the index that a reader misses: one process of this folder at a time, the others take what it made."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards")
-    with alone(folder):
+    with alone(folder, f" (its index can be made before: dist-train shards index {folder})"):
         if (folder / "index.json").is_file():
             index = Index.read(folder)
             if not index.misfits(folder) and (index.decoded or on_damage == "stop"):

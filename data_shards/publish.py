@@ -52,8 +52,8 @@ def published(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process at a time in a folder; the lock ends with its process."""
+def alone(folder: Path, advice: str = "") -> Iterator[None]:
+    """One process at a time in a folder; the lock ends with its process. UserError, with `advice`: it cannot be."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -62,9 +62,7 @@ def alone(folder: Path) -> Iterator[None]:
         finally:
             os.close(lock)
     except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror} (its index can be made before: dist-train shards index {folder})"
-        ) from error
+        raise UserError(f"{folder}: {error.strerror}{advice}") from error
 
 
 def _locked(folder: Path) -> int:

@@ -79,9 +79,7 @@ def construct(build: Callable[[], nn.Module], device: str, where: str) -> nn.Mod
         return network
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # which a constructor may raise in its own way when values are missing
+    except Exception as error:  # a constructor that lacks values fails in its own way
         logging.getLogger("dist_train").warning(
             "%s is built whole on every rank: without values its constructor fails (%s: %s)",
             where,

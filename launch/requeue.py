@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from dist_train.data_shards.publish import alone
 from dist_train.errors import UserError
 from dist_train.launch.backend import RECORD, Job
 from dist_train.launch.slurm import ENDED, SCRIPT, slurm
@@ -91,8 +92,10 @@ def _requeue(job: Job) -> None:
         arguments = [f"--dependency=afterany:{mine}", *([f"--array={task}"] if task else [])]
         script = str(job.run_dir / SCRIPT)
         new = slurm("sbatch", "--parsable", *arguments, script).partition(";")[0].strip()
-        job.id = f"{job.id},{new}"
-        job.write()
+        with alone(job.run_dir):  # other members of an array may be refused in the same moment
+            job = Job.read(job.run_dir)
+            job.id = f"{job.id},{new}"
+            job.write()
         _say(f"interrupted: {refusal}; so job {new} goes on after this one")
 
 

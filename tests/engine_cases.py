@@ -26,7 +26,7 @@ from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
-from dist_train.wire import Payload
+from dist_train.verify.payload import Payload
 from dist_train.world import World, pin_threads
 
 SPECS: dict[str, dict[str, Any]] = {

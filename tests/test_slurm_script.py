@@ -6,6 +6,7 @@ import json
 import random
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,14 @@ def test_a_refused_requeue_becomes_a_job_that_waits(queue: dict[str, Any]) -> No
     script = str(queue["run"].path / SCRIPT)
     assert asked(queue)[1] == ["sbatch", "--parsable", "--dependency=afterany:7", script]
     assert Job.read(queue["run"].path).id == "7,8"
+
+
+def test_members_that_are_refused_at_once_are_all_remembered(queue: dict[str, Any]) -> None:
+    queue["refuse"] = True
+    job = Job.read(queue["run"].path)
+    with ThreadPoolExecutor(8) as members:
+        list(members.map(lambda _: requeue._requeue(job), range(16)))
+    assert Job.read(job.run_dir).id == "7" + 16 * ",8"
 
 
 def test_failures_start_again_while_that_leads_on(queue: dict[str, Any]) -> None:

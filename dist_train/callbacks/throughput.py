@@ -59,9 +59,7 @@ class Throughput(Callback):
             self._flops[turns] = counter.work.flops
             self._restart(run)  # a step that was counted is slow
             return
-        if (
-            turns not in self._flops
-        ):  # the step that an interruption had cut short: another start has counted it
+        if turns not in self._flops:  # of a step that was cut short: another start has counted it
             return
         self._done += self._flops[turns]
         if run.every(run.recipe.log.every) or run.is_last or run.row:
