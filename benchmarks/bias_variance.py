@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.bias_variance import measure
 from dist_train.data_shards.write import write_shards
+from dist_train.diagnose.bias_variance import measure
 from dist_train.recipe import Recipe
 
 TRAINED, JUDGED, NOISE = 50, 500, 0.5

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train import plots, run, schedules, trained
+from dist_train import run, schedules, trained
 from dist_train.data import data_folders, evaluation_batches
 from dist_train.data_shards.reader import Shards
-from dist_train.landscape import landscape as measure_landscape
+from dist_train.diagnose.landscape import landscape as measure_landscape
+from dist_train.diagnose.representations import half_times, mode_strengths, mode_times
+from dist_train.pictures import plots
 from dist_train.recipe import Recipe
-from dist_train.representations import half_times, mode_strengths, mode_times
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 STARTS = {

@@ -8,7 +8,7 @@ of our trainer and of the raw loop take turns. The results so far are written af
 into `--minutes` is left out and said to be. `--device cpu --small` runs the same in miniature anywhere.
 
 FLOPs of Transformers: 6 N + 12 L d T a token, N without the table of positions; of the others: counted. MFU is against
-the dense peak of the card in `dist_train/hardware.py`, and `of_matmul` against the product measured here.
+the dense peak of the card in `dist_train/forecast/hardware.py`, and `of_matmul` against the product measured here.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from gpu_workloads import Bench, Workload, plain_recipe, workloads
 
-from dist_train import assembly, footprint
+from dist_train import assembly
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.data_shards.write import write_shards
-from dist_train.hardware import device_like
+from dist_train.forecast import footprint
+from dist_train.forecast.hardware import device_like
+from dist_train.forecast.tracing import foresee
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
-from dist_train.tracing import foresee
 from dist_train.world import World
 
 ROUNDS, STEPS, WARM_UP = 5, 10, 5

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train import plots
+from dist_train.pictures import plots
 from dist_train.report import RunRecord
 
 ROOT = Path(__file__).parents[1]

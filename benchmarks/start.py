@@ -33,7 +33,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 OURS = [sys.executable, "-m", "dist_train", "train"]
 BARE = """
 import sys, time
-import dist_train.preload
+import dist_train.ranks.preload
 import torch, torch.distributed as dist
 from dist_train.models.resnet import ResNet
 torch.set_num_threads(1)

@@ -13,17 +13,17 @@ from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
 from dist_train.callbacks.stragglers import Stragglers
 from dist_train.data import RunData, data_folders, evaluation_batches, evaluation_sets
-from dist_train.deferred import construct
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import UserError
-from dist_train.initialisation import initialise
 from dist_train.metrics import Metric
 from dist_train.networks import hollow
+from dist_train.networks.deferred import construct
+from dist_train.networks.initialisation import initialise
+from dist_train.networks.players import make_players
+from dist_train.networks.precision import set_numerics
 from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
-from dist_train.players import make_players
-from dist_train.precision import set_numerics
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.trainer import Trainer

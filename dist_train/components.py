@@ -41,11 +41,11 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "muon": "dist_train.optimizers:muon",
     },
     "init": {
-        "gaussian": "dist_train.initialisation:gaussian",
-        "xavier": "dist_train.initialisation:xavier",
-        "he": "dist_train.initialisation:he",
-        "lecun": "dist_train.initialisation:lecun",
-        "orthogonal": "dist_train.initialisation:orthogonal",
+        "gaussian": "dist_train.networks.initialisation:gaussian",
+        "xavier": "dist_train.networks.initialisation:xavier",
+        "he": "dist_train.networks.initialisation:he",
+        "lecun": "dist_train.networks.initialisation:lecun",
+        "orthogonal": "dist_train.networks.initialisation:orthogonal",
     },
     "schedule": {
         "constant": "dist_train.schedules:constant",

@@ -25,9 +25,9 @@ from dist_train.data_shards.tokens import Tokenizer
 from dist_train.data_shards.tokens import load as load_tokenizer
 from dist_train.errors import UserError
 from dist_train.recipe import Recipe
-from dist_train.recipe_data import Source
-from dist_train.recipe_data import Stream as Settings
-from dist_train.recipe_sections import EvaluationSet
+from dist_train.recipe.data import Source
+from dist_train.recipe.data import Stream as Settings
+from dist_train.recipe.sections import EvaluationSet
 from dist_train.settings import short
 from dist_train.world import World
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_train.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from dist_train.recipe_sections import GroupSettings
+    from dist_train.recipe.sections import GroupSettings
 
 Groups = list[dict[str, Any]]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train.charts import Line, line_chart
-from dist_train.diagnosis import diagnose
+from dist_train.diagnose.curves import diagnose
 from dist_train.errors import UserError
+from dist_train.pictures.charts import Line, line_chart
 from dist_train.run_directory import RunDirectory, scrub, write_file
 from dist_train.yaml_text import read_yaml
 

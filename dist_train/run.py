@@ -13,15 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train import (
-    assembly,
-    auto,
-    checkpoint,
-    heartbeat,
-    starting_weights,
-)
+from dist_train import assembly, checkpoint, heartbeat, starting_weights
 from dist_train.data import data_folders
 from dist_train.errors import CheckpointError, Interrupted, UserError
+from dist_train.forecast import auto
 from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
 from dist_train.restarts import begin_to_count, may_restart

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dist_train.errors import UserError
 from dist_train.launch.backend import Backend, Job, Status
 from dist_train.launch.local import Local, ended
-from dist_train.parent import die_with_parent
+from dist_train.ranks.parent import die_with_parent
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.settings import short
 from dist_train.yaml_text import read_yaml

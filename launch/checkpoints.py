@@ -62,7 +62,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's networks for others: as the Hugging Face hub has them, or as a program."""
-    from dist_train.export import export as export_run
+    from dist_train.trained.export import export as export_run
 
     answer(as_json, lambda: export_run(run, out, weights, format))
 

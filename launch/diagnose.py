@@ -30,8 +30,8 @@ def learning_rate(
     as_json: Json = False,
 ) -> None:
     """Train once while the learning rate rises, plot the loss over it, and suggest a rate."""
+    from dist_train.diagnose.sweep_rate import sweep_rate
     from dist_train.recipe import Recipe
-    from dist_train.sweep_rate import sweep_rate
 
     made = Recipe.load(recipe, settings or [])
     answer(as_json, lambda: sweep_rate(made, low=low, high=high, steps=steps, run_dir=run_dir))
@@ -47,7 +47,7 @@ def bias_variance(
     as_json: Json = False,
 ) -> None:
     """Train on resampled training sets, and split the error into bias and variance."""
-    from dist_train.bias_variance import measure
+    from dist_train.diagnose.bias_variance import measure
     from dist_train.recipe import Recipe
 
     made = Recipe.load(recipe, settings or [])
@@ -64,6 +64,6 @@ def landscape(
     as_json: Json = False,
 ) -> None:
     """Draw the loss around a trained run with its way there; curvature and kind of the point."""
-    from dist_train.landscape import landscape as draw
+    from dist_train.diagnose.landscape import landscape as draw
 
     answer(as_json, lambda: draw(run, out=out, batches=batches, steps=steps, grid=grid))

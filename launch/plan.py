@@ -10,7 +10,7 @@ import typer
 from dist_train.launch.output import Json, Settings, answer
 
 if TYPE_CHECKING:
-    from dist_train.hardware import Device
+    from dist_train.forecast.hardware import Device
     from dist_train.recipe import Recipe
 
 GIB = 2**30
@@ -46,8 +46,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Foresee memory, traffic, hours and cost of a run on GPUs that are not here, and show its job."""
-    from dist_train.hardware import device
-    from dist_train.plan import plan as foresee
+    from dist_train.forecast.hardware import device
+    from dist_train.forecast.plan import plan as foresee
     from dist_train.recipe import Recipe
 
     loaded = Recipe.load(recipe, settings or ())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_train.data_shards.index import Index
 from dist_train.errors import UserError
-from dist_train.hardware import device
+from dist_train.forecast.hardware import device
 from dist_train.launch.snapshot import MAX_BYTES
 from dist_train.launch.spec import Spec
 from dist_train.recipe import Recipe
@@ -41,8 +41,8 @@ def check_recipe(recipe: Recipe, spec: Spec, *, dry_run: bool) -> None:
 def check_room(recipes: list[Recipe], spec: Spec, run_dir: Path) -> None:
     """Raise UserError where a rank's memory, or the disk for the checkpoints, is too small; where that cannot be known
     here, say so. Members of an array seldom differ in what a step holds: the first stands for all of them."""
-    from dist_train.plan import check_fit
-    from dist_train.tracing import Unforeseeable
+    from dist_train.forecast.plan import check_fit
+    from dist_train.forecast.tracing import Unforeseeable
 
     log = logging.getLogger("dist_train")
     limit, where = rank_limit(spec)
@@ -73,9 +73,9 @@ def rank_limit(spec: Spec) -> tuple[float, str]:
     """Bytes that a rank of this launch may use, and of what; infinite, and why, where it is not known here."""
     import torch
 
-    from dist_train.auto import GIB
-    from dist_train.auto import rank_limit as here
-    from dist_train.footprint import RESERVED
+    from dist_train.forecast.auto import GIB
+    from dist_train.forecast.auto import rank_limit as here
+    from dist_train.forecast.footprint import RESERVED
     from dist_train.world import World
 
     if spec.gpu is not None:

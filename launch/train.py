@@ -82,7 +82,7 @@ def train(
         warm_up()  # which imports what ranks need, while this process imports what checks need
 
     from dist_train import run
-    from dist_train.parent import die_with_parent
+    from dist_train.ranks.parent import die_with_parent
 
     if "WORLD_SIZE" in os.environ:
         die_with_parent()  # a launcher that is killed (torchrun, a Ray worker) leaves its ranks running

@@ -51,8 +51,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Write what a trained run makes of new inputs, a line each."""
-    from dist_train.predict import predict as predict_inputs
     from dist_train.settings import read_assignments
+    from dist_train.trained.predict import predict as predict_inputs
 
     options = read_assignments(settings or [])
     answer(as_json, lambda: predict_inputs(run, source, out, weights=weights, options=options))

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train import blocks, randomness
+from dist_train import randomness
+from dist_train.networks import blocks
 from dist_train.recipe import Recipe
 from dist_train.verify.parity import Losses
 from dist_train.world import World, pin_threads

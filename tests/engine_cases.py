@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train import buckets, checkpoint, run
+from dist_train import checkpoint, run
 from dist_train.callbacks import Callback
-from dist_train.engine import Engine, make_engine
+from dist_train.engine import Engine, buckets, make_engine
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.parameter_groups import parameter_groups

@@ -14,7 +14,7 @@ from torch import nn
 from dist_train import components
 from dist_train.engine import Engine
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
-from dist_train.recipe_sections import GroupSettings
+from dist_train.recipe.sections import GroupSettings
 from dist_train.world import World, pin_threads
 
 OPTIMIZERS: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,7 +70,7 @@ def allocated() -> int:
 def measured_peak(recipe: Recipe, world: World, steps: int = 3) -> int:
     """Bytes that torch holds at most within a step, but for the batches and for what was there before the build.
 
-    In one process the profiler tells. It does not see what the threads of gloo free: a tensor of a collective, whenever
+    In one process the profiler tells, less what oneDNN takes within a convolution, which is the CPU's affair. It does not see what the threads of gloo free: a tensor of a collective, whenever
     they let go of it last.
     So what the build leaves is the less of what profiler and allocator say, and what a step adds is that of the step
     with the fewest such tensors: of steps of even and of odd number, for a generator may have a turn each second one.
@@ -93,6 +94,7 @@ def measured_peak(recipe: Recipe, world: World, steps: int = 3) -> int:
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     if world.size == 1:
+        changes = without_workspaces(events, changes)
         return max(itertools.accumulate(change for _, change in changes))
     added = []
     for begin, end in zip(marks, [*marks[1:], math.inf], strict=True):
@@ -100,6 +102,31 @@ def measured_peak(recipe: Recipe, world: World, steps: int = 3) -> int:
         added.append(max(itertools.accumulate(within, initial=0)))
     built = min(built, sum(change for at, change in changes if at < marks[0]))
     return built + max(min(added[1::2]), min(added[2::2]))
+
+
+def without_workspaces(events: Any, changes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The changes of memory but for what a convolution both takes and gives back: its library's room to work, which is
+    of another size on another CPU."""
+    spans = sorted(
+        (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in events
+        if e.name() in ("aten::mkldnn_convolution", "aten::convolution_backward")
+    )
+    kept: list[tuple[int, int]] = []
+    rest = deque(changes)
+    for begin, end in spans:
+        while rest and rest[0][0] < begin:
+            kept.append(rest.popleft())
+        within: list[tuple[int, int]] = []
+        while rest and rest[0][0] <= end:
+            at, change = rest.popleft()
+            taken = next((pair for pair in within if pair[1] == -change), None)
+            if taken and change < 0:
+                within.remove(taken)
+            else:
+                within.append((at, change))
+        kept += within
+    return kept + list(rest)
 
 
 def measured_in_ranks(data: str, grid: list[list[Any]], steps: int) -> dict[str, int]:

@@ -13,8 +13,8 @@ from parity_models import family_recipe
 from torch import Tensor, nn
 
 from dist_train import checkpoint, run
-from dist_train.batch_norm import synchronise
-from dist_train.blocks import recompute_activations
+from dist_train.networks.batch_norm import synchronise
+from dist_train.networks.blocks import recompute_activations
 from dist_train.world import World, pin_threads
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")

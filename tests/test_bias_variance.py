@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.bias_variance import advice, decompose, measure
 from dist_train.data_shards.write import write_shards
+from dist_train.diagnose.bias_variance import advice, decompose, measure
 from dist_train.errors import UserError
 from dist_train.recipe import Recipe
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from cases import tiny_recipe
 from torch import nn
 
-from dist_train import assembly, blocks
+from dist_train import assembly
 from dist_train.errors import UserError
 from dist_train.models.chunked_cross_entropy import chunked_cross_entropy
+from dist_train.networks import blocks
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import spawn_ranks
 from dist_train.world import World

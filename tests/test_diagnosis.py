@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.diagnosis import CHECKS, diagnose
+from dist_train.diagnose.curves import CHECKS, diagnose
 from dist_train.recipe import Recipe
 from dist_train.report import RunRecord, verdict
 from dist_train.run_directory import RunDirectory

@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_train import checkpoint, footprint
+from dist_train import checkpoint
 from dist_train.errors import UserError
+from dist_train.forecast import footprint
 from dist_train.testing import RankFailed, spawn_ranks
 from dist_train.world import World, pin_threads
 

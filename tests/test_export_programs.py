@@ -10,12 +10,12 @@ import cases
 import pytest
 import torch
 
-from dist_train import export as exports
 from dist_train.errors import UserError
-from dist_train.export import export
 from dist_train.launch.cli import main
 from dist_train.testing import tiny_run
+from dist_train.trained import export as exports
 from dist_train.trained import restore
+from dist_train.trained.export import export
 from dist_train.world import pin_threads
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_train import checkpoint
 from dist_train.errors import UserError
-from dist_train.initialisation import fans, initialise
+from dist_train.networks.initialisation import fans, initialise
 from dist_train.testing import assert_same_run, spawn_ranks, tiny_run
 from dist_train.world import pin_threads
 

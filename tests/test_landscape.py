@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_train.landscape import directions, hessian_product, kind_of_point, lanczos, landscape
+from dist_train.diagnose.landscape import (
+    directions,
+    hessian_product,
+    kind_of_point,
+    lanczos,
+    landscape,
+)
 from dist_train.recipe import Recipe
 from dist_train.testing import tiny_run
 

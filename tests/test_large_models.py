@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dist_train import checkpoint, components, randomness
-from dist_train.deferred import construct, value_of
-from dist_train.initialisation import initialise
+from dist_train.networks.deferred import construct, value_of
+from dist_train.networks.initialisation import initialise
 from dist_train.testing import spawn_ranks
 from dist_train.world import World, pin_threads
 

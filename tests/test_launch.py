@@ -16,14 +16,14 @@ import pytest
 
 from dist_train import assembly
 from dist_train.errors import UserError
-from dist_train.footprint import RESERVED, rank_memory
-from dist_train.hardware import DEVICES
+from dist_train.forecast.footprint import RESERVED, rank_memory
+from dist_train.forecast.hardware import DEVICES
+from dist_train.forecast.tracing import foresee
 from dist_train.launch.backend import BACKENDS
 from dist_train.launch.jobs import members, prepare
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import Spec, make_spec
 from dist_train.recipe import Recipe
-from dist_train.tracing import foresee
 
 
 @pytest.fixture

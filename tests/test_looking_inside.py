@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.callbacks.throughput import matmul_ceiling
-from dist_train.hardware import device_like
+from dist_train.forecast.hardware import device_like
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import spawn_ranks, tiny_run
 

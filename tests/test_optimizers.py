@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_train.errors import UserError
 from dist_train.optimizers import adafactor, adagrad, adam, adamw, muon, rmsprop, sgd
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
-from dist_train.recipe_sections import GroupSettings
+from dist_train.recipe.sections import GroupSettings
 from dist_train.testing import spawn_ranks
 from dist_train.world import World, pin_threads
 

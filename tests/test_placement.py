@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dist_train import placement
 from dist_train.errors import UserError
-from dist_train.footprint import candidates
+from dist_train.forecast.footprint import candidates
 from dist_train.launch.preflight import check_placement
 from dist_train.launch.spec import Spec
 from dist_train.models.alexnet import AlexNet
 from dist_train.models.resnet import ResNet
+from dist_train.networks import placement
 from dist_train.recipe import Recipe
 from dist_train.testing import assert_same_run, spawn_ranks, tiny_run
 from dist_train.world import World

@@ -13,8 +13,8 @@ from torch import nn
 
 from dist_train import checkpoint, run
 from dist_train.errors import UserError
+from dist_train.networks.precision import LossScale, check_device, set_numerics
 from dist_train.objectives.classification import Classification
-from dist_train.precision import LossScale, check_device, set_numerics
 
 ONE = torch.tensor(1.0)
 

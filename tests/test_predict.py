@@ -16,11 +16,11 @@ from dist_train import run, trained
 from dist_train.components import build
 from dist_train.data_shards.write import write_shards
 from dist_train.errors import UserError
-from dist_train.export import export
 from dist_train.launch.cli import main
-from dist_train.predict import predict
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import tiny_run
+from dist_train.trained.export import export
+from dist_train.trained.predict import predict
 from dist_train.world import pin_threads
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train import charts, png
-from dist_train.charts import Line, line_chart
 from dist_train.errors import UserError
+from dist_train.pictures import charts, png
+from dist_train.pictures.charts import Line, line_chart
 from dist_train.report import RunRecord, verdict, write_report
 from dist_train.run_directory import RunDirectory
 

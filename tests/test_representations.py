@@ -15,9 +15,7 @@ import torch
 from dist_train import checkpoint
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import pack
-from dist_train.errors import UserError
-from dist_train.recipe import Recipe
-from dist_train.representations import (
+from dist_train.diagnose.representations import (
     cka,
     effective_rank,
     half_times,
@@ -25,6 +23,8 @@ from dist_train.representations import (
     mode_times,
     similarity,
 )
+from dist_train.errors import UserError
+from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import assert_same_run, tiny_run
 

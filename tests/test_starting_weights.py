@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from dist_train import checkpoint, components, run
 from dist_train.errors import UserError
-from dist_train.export import export
 from dist_train.recipe import Recipe
-from dist_train.recipe_sections import Rename
+from dist_train.recipe.sections import Rename
 from dist_train.starting_weights.match import fit
 from dist_train.testing import assert_same_run, spawn_ranks, tiny_run
+from dist_train.trained.export import export
 from dist_train.world import World, pin_threads
 
 

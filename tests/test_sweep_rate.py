@@ -11,10 +11,10 @@ import cases
 import pytest
 
 from dist_train.callbacks.rate_sweep import RateSweep, steepest
+from dist_train.diagnose.sweep_rate import sweep_rate
 from dist_train.errors import UserError
 from dist_train.launch.cli import main
 from dist_train.run_directory import RunDirectory
-from dist_train.sweep_rate import sweep_rate
 from dist_train.testing import tiny_run
 from dist_train.world import pin_threads
 

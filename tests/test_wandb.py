@@ -178,7 +178,7 @@ def test_offline_without_a_key_says_how_to_sync(
 
 
 def test_images_captions_and_figures_that_are_not_finite(directory: RunDirectory) -> None:
-    from dist_train.png import save_grid
+    from dist_train.pictures.png import save_grid
 
     save_grid(directory.samples / "grid.png", np.full((1, 1, 4, 4), 0.5))
     images = {"grid": "samples/grid.png", "gone": "samples/gone.png"}

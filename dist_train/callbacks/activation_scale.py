@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_train import plots, randomness
+from dist_train import randomness
 from dist_train.callbacks import Callback
 from dist_train.networks import Networks
+from dist_train.pictures import plots
 from dist_train.run_directory import write_file
 
 if TYPE_CHECKING:

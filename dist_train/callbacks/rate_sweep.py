@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dist_train import plots
 from dist_train.callbacks import Callback
-from dist_train.charts import smooth
 from dist_train.errors import UserError
+from dist_train.pictures import plots
+from dist_train.pictures.charts import smooth
 from dist_train.run_directory import write_file
 
 if TYPE_CHECKING:

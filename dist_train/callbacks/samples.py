@@ -10,7 +10,7 @@ import torch
 from dist_train import randomness
 from dist_train.callbacks import Callback
 from dist_train.errors import UserError
-from dist_train.png import save_grid
+from dist_train.pictures.png import save_grid
 
 if TYPE_CHECKING:
     from dist_train.trainer import Trainer

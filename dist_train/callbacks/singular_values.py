@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_train import plots
 from dist_train.callbacks import Callback
+from dist_train.diagnose.representations import effective_rank
 from dist_train.errors import UserError
-from dist_train.representations import effective_rank
+from dist_train.pictures import plots
 from dist_train.run_directory import write_file
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_train.callbacks import Callback
-from dist_train.hardware import device_like
-from dist_train.tracing import Live
+from dist_train.forecast.hardware import device_like
+from dist_train.forecast.tracing import Live
 
 if TYPE_CHECKING:
     from dist_train.trainer import Trainer
@@ -102,7 +102,7 @@ def peak(run: Trainer) -> tuple[float, str]:
         name = torch.cuda.get_device_name(run.world.device)
         found = device_like(name)
         if found is None:
-            return 0.0, f"{name} is not in dist_train/hardware.py"
+            return 0.0, f"{name} is not in dist_train/forecast/hardware.py"
         return found.flops_per_second(precision, run.recipe.tf32), f"the dense peak of {found.name}"
     run.world.barrier()
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

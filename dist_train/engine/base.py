@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.buffers import BufferKeeper
+from dist_train.engine.buffers import BufferKeeper
 from dist_train.engine.views import Views, plain_name, single_backward
 from dist_train.networks import Player
-from dist_train.precision import LossScale
+from dist_train.networks.precision import LossScale
 from dist_train.world import World
 
 OptimizerMaker = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.buckets import Buckets
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, constant_like, materialise
+from dist_train.engine.buckets import Buckets
 from dist_train.networks import Player
 from dist_train.world import World
 

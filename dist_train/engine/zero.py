@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.deferred import value_of
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, materialise
 from dist_train.errors import UserError
 from dist_train.networks import Player
+from dist_train.networks.deferred import value_of
 from dist_train.strategies import merged
 from dist_train.world import World
 

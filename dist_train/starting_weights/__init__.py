@@ -23,7 +23,7 @@ from dist_train.starting_weights.sources import Source, open_source
 if TYPE_CHECKING:
     from dist_train.engine import Engine
     from dist_train.recipe import Recipe
-    from dist_train.recipe_sections import Weights
+    from dist_train.recipe.sections import Weights
     from dist_train.run_directory import RunDirectory
     from dist_train.world import World
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from dist_train.recipe_sections import Rename, Weights
+    from dist_train.recipe.sections import Rename, Weights
 
 SHOWN = 3
 """So many names of each kind of misfit go into a message; all of them into the run's weights.json."""

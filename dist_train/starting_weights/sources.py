@@ -16,7 +16,7 @@ from dist_train.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_train.recipe_sections import Weights
+    from dist_train.recipe.sections import Weights
 
 
 class Source(ABC):

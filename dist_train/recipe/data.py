@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from dist_train.data_shards.remote import check_address, is_remote
 from dist_train.errors import UserError, nearest
-from dist_train.recipe_sections import NAME, Section, Spec
+from dist_train.recipe.sections import NAME, Section, Spec
 from dist_train.settings import short
 
 

@@ -12,7 +12,7 @@ from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapt
 
 from dist_train.duration import Duration, Every
 from dist_train.errors import UserError, nearest
-from dist_train.recipe_sections import as_spec
+from dist_train.recipe.sections import as_spec
 from dist_train.settings import short
 from dist_train.strategies import check_strategy
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import Interrupted, UserError
-from dist_train.parent import die_with_parent
+from dist_train.ranks.parent import die_with_parent
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """Signals to the launcher that mean "save and end", handed on to every rank."""
@@ -42,7 +42,7 @@ def warm_up() -> None:
     """Start the fork server, which imports torch and deepspeed, while this process still does other things."""
     # a process cannot use CUDA if it forks from one that has asked for it, as importing DeepSpeed does
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    preload = ["dist_train.fork_server", *([] if has_gpu else ["dist_train.preload"])]
+    preload = ["dist_train.ranks.fork_server", *([] if has_gpu else ["dist_train.ranks.preload"])]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     forkserver.ensure_running()
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import nearest
-from dist_train.placement import place
-from dist_train.precision import AUTOCAST
+from dist_train.networks.placement import place
+from dist_train.networks.precision import AUTOCAST
 
 
 class Player(nn.Module):

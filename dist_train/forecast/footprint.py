@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dist_train.engine.zero import ZERO_BUCKET
+from dist_train.forecast.tracing import Step
 from dist_train.recipe import Recipe
-from dist_train.recipe_checks import WHOLE_TENSORS
-from dist_train.tracing import Step
+from dist_train.recipe.checks import WHOLE_TENSORS
 
 FASTEST_FIRST: tuple[dict[str, Any], ...] = (
     {"name": "single"},

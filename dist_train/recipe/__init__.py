@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from dist_train import components
 from dist_train.errors import UserError
-from dist_train.recipe_checks import (
+from dist_train.recipe.checks import (
     check_every,
     check_networks,
     check_placement,
@@ -26,9 +26,9 @@ from dist_train.recipe_checks import (
     check_weights,
     one_parameter,
 )
-from dist_train.recipe_data import Data
-from dist_train.recipe_mistakes import explain
-from dist_train.recipe_sections import (
+from dist_train.recipe.data import Data
+from dist_train.recipe.mistakes import explain
+from dist_train.recipe.sections import (
     NAME,
     NAMED,
     DurationText,

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dist_train import footprint
 from dist_train.errors import UserError
+from dist_train.forecast import footprint
+from dist_train.forecast.tracing import foresee
 from dist_train.strategies import AUTO
-from dist_train.tracing import foresee
 
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe

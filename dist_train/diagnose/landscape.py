@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dist_train import checkpoint, plots, trained
+from dist_train import checkpoint, trained
 from dist_train.errors import UserError
 from dist_train.networks import Networks
+from dist_train.pictures import plots
 
 Loss = Callable[[Tensor], Tensor]
 """From all weights as one vector (P,) to the loss (0-d)."""

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dist_train import assembly, footprint
-from dist_train.auto import GIB
+from dist_train import assembly
 from dist_train.callbacks.learning_rate_decay import LearningRateDecay
 from dist_train.data import data_folders
 from dist_train.duration import Duration
 from dist_train.errors import UserError
-from dist_train.hardware import Device
+from dist_train.forecast import footprint
+from dist_train.forecast.auto import GIB
+from dist_train.forecast.hardware import Device
+from dist_train.forecast.tracing import Step, foresee, turns_per_step
 from dist_train.recipe import Recipe
 from dist_train.strategies import AUTO
-from dist_train.tracing import Step, foresee, turns_per_step
 from dist_train.trainer import Trainer
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)

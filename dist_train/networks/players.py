@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from dist_train import placement
-from dist_train.batch_norm import check_groups, synchronise
-from dist_train.blocks import chosen, compile_forward, recompute_activations, repeated_blocks
 from dist_train.errors import UserError
-from dist_train.networks import Player
-from dist_train.precision import check_device
+from dist_train.networks import Player, placement
+from dist_train.networks.batch_norm import check_groups, synchronise
+from dist_train.networks.blocks import (
+    chosen,
+    compile_forward,
+    recompute_activations,
+    repeated_blocks,
+)
+from dist_train.networks.precision import check_device
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,0 +1,1 @@
+"""Pictures: grids as PNG, plots, and charts as SVG."""
