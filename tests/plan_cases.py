@@ -70,8 +70,8 @@ def allocated() -> int:
 def measured_peak(recipe: Recipe, world: World, steps: int = 3) -> int:
     """Bytes that torch holds at most within a step, but for the batches and for what was there before the build.
 
-    In one process the profiler tells, less what oneDNN takes within a convolution, which is the CPU's affair. It does not see what the threads of gloo free: a tensor of a collective, whenever
-    they let go of it last.
+    In one process the profiler tells, less what oneDNN takes within a convolution, which is the CPU's affair. It does
+    not see what the threads of gloo free: a tensor of a collective, whenever they let go of it last.
     So what the build leaves is the less of what profiler and allocator say, and what a step adds is that of the step
     with the fewest such tensors: of steps of even and of odd number, for a generator may have a turn each second one.
     """
