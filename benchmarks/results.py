@@ -3,9 +3,9 @@
     python benchmarks/results.py [ROW ...] [--runs runs/results] [--read]
 
 A recipe evaluates the validation split while it trains: by that one may choose settings. The figure of a row is that
-of the last weights on the test split, read once, after training. It also draws the plots of docs/course. Without a row
-it trains all of them, one after the other. `--read` trains nothing: it reads the runs that are there. Rows without a
-run keep the line that they have.
+of the last weights on the test split, read once, after training. It also draws the plots of docs/course. The rows and
+plots are data: benchmarks/results.yaml. Without a row it trains all of them, one after the other. `--read` trains
+nothing: it reads the runs that are there. Rows without a run keep the line that they have.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dist_train.pictures import plots
 from dist_train.report import RunRecord
+from dist_train.yaml_text import read_yaml
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "RESULTS.md"
@@ -30,30 +31,6 @@ HEAD = """\
 | row | `dist-train train ...` | data | figure | floor | seconds | load | published |
 |---|---|---|---|---|---|---|---|
 """
-PLAIN, DEEP, UNIT = "model.shortcut=none", "model.depth=56", "objective.variance=fixed"
-
-SCRATCH = ("weights=null", "optimizer.groups=[]")
-WHOLE = ("data.global_batch=4096", "data.micro_batch=1024")
-OPTIMISERS: dict[str, tuple[str, ...]] = {
-    "gradient descent, all samples a step": (*WHOLE, "optimizer.learning_rate=0.1"),
-    "mini-batch SGD": ("optimizer.learning_rate=0.3",),
-    "momentum": ("optimizer.learning_rate=0.03", "optimizer.momentum=0.9"),
-    "Nesterov": (
-        "optimizer.learning_rate=0.03",
-        "optimizer.momentum=0.9",
-        "optimizer.nesterov=true",
-    ),
-    "RMSProp": ("optimizer.name=rmsprop", "optimizer.learning_rate=1e-3"),
-    "AdaGrad": ("optimizer.name=adagrad", "optimizer.learning_rate=0.03"),
-    "Adam": ("optimizer.name=adam", "optimizer.learning_rate=1e-3"),
-    "AdamW": (
-        "optimizer.name=adamw",
-        "optimizer.learning_rate=3e-3",
-        "optimizer.weight_decay=0.1",
-    ),
-    "Muon": ("optimizer.name=muon", "optimizer.learning_rate=1e-3"),
-}
-"""Each with the best of two to four rates by the error of the validation split."""
 
 
 @dataclass(frozen=True)
@@ -80,198 +57,10 @@ class Row:
         )
 
 
-ROWS = (
-    Row("F1", "softmax", "softmax-digits", "digits", "error", floor="<= 5 %"),
-    Row(
-        "F2",
-        "predicted variance",
-        "regression-diabetes",
-        "diabetes",
-        "nll",
-        floor="below the constant variance",
-    ),
-    Row(
-        "F2",
-        "constant variance",
-        "regression-diabetes",
-        "diabetes",
-        "constant_variance_nll",
-        (UNIT, "model.num_outputs=1"),
-    ),
-    Row("F2", "R2", "regression-diabetes", "diabetes", "r2", floor=">= 0.40"),
-    Row(
-        "F3",
-        "MLP",
-        "mlp-fashion",
-        "fashion-mnist",
-        "accuracy",
-        floor=">= 88 %",
-        published="90.0 %: MLP 256-128-64",
-    ),
-    *(
-        Row("F5", name, "optimisers-mnist", "mnist5k", "error", settings, seeds=3)
-        for name, settings in OPTIMISERS.items()
-    ),
-    Row("F4", "no regularisation", "regularisation-mnist", "mnist5k", "error", seeds=3),
-    Row(
-        "F4",
-        "weight decay",
-        "regularisation-mnist",
-        "mnist5k",
-        "error",
-        ("optimizer.weight_decay=3e-3",),
-        seeds=3,
-    ),
-    Row(
-        "F4", "l1 term", "regularisation-mnist", "mnist5k", "error", ("optimizer.l1=3e-4",), seeds=3
-    ),
-    Row(
-        "F4", "dropout", "regularisation-mnist", "mnist5k", "error", ("model.dropout=0.3",), seeds=3
-    ),
-    Row(
-        "F8",
-        "early stopping",
-        "regularisation-mnist",
-        "mnist5k",
-        "error",
-        ("callbacks.early_stopping.patience=5",),
-        seeds=3,
-    ),
-    Row(
-        "C1",
-        "LeNet-5",
-        "lenet-fashion",
-        "fashion-mnist",
-        "accuracy",
-        floor=">= 89 %",
-        published="87.6 %: 2 convolutions with pooling",
-    ),
-    Row("C2", "AlexNet", "alexnet-emoji", "emoji-google", "accuracy", floor="trains"),
-    Row(
-        "C3",
-        "VGG-11",
-        "vgg-fashion",
-        "fashion-mnist",
-        "accuracy",
-        floor=">= 91 %",
-        published="93.5 %: VGG-16, 26 M weights",
-    ),
-    Row(
-        "C4",
-        "ResNet-20",
-        "resnet20-fashion",
-        "fashion-mnist",
-        "accuracy",
-        floor=">= 92 %",
-        published="94.9 %: ResNet-18, more augmentation",
-    ),
-    Row("C4", "plain 20", "depth-fashion", "fashion-mnist", "error", (PLAIN,)),
-    Row(
-        "C4",
-        "plain 56",
-        "depth-fashion",
-        "fashion-mnist",
-        "error",
-        (PLAIN, DEEP),
-        floor="worse than plain 20",
-    ),
-    Row("C4", "residual 20", "depth-fashion", "fashion-mnist", "error"),
-    Row(
-        "C4",
-        "residual 56",
-        "depth-fashion",
-        "fashion-mnist",
-        "error",
-        (DEEP,),
-        floor="not worse than residual 20",
-    ),
-    Row("C6", "batch norm, rate 1.0", "batchnorm-digits", "digits", "error"),
-    Row(
-        "C6",
-        "no norm, rate 0.1",
-        "batchnorm-digits",
-        "digits",
-        "error",
-        ("model.norm=none", "optimizer.learning_rate=0.1"),
-    ),
-    Row("use", "fine-tuned", "fine-tune-emoji", "emoji-twitter", "accuracy", trunk="AlexNet"),
-    Row(
-        "use",
-        "fine-tuned, nothing frozen",
-        "fine-tune-emoji",
-        "emoji-twitter",
-        "accuracy",
-        ("optimizer.groups=[]",),
-        trunk="AlexNet",
-    ),
-    Row("use", "from scratch, as long", "fine-tune-emoji", "emoji-twitter", "accuracy", SCRATCH),
-    Row(
-        "use",
-        "from scratch, five times as long",
-        "fine-tune-emoji",
-        "emoji-twitter",
-        "accuracy",
-        (*SCRATCH, "duration=10 epochs"),
-    ),
-)
-
-PLOTS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
-    "course-softmax": (
-        "step",
-        ("softmax",),
-        (("loss", "loss"), ("evaluate/error", "validation error")),
-    ),
-    "course-regression": (
-        "step",
-        ("predicted variance", "constant variance"),
-        (
-            ("evaluate/r2", "validation R2"),
-            ("evaluate/nll", "validation negative log-likelihood"),
-        ),
-    ),
-    "course-optimisers": (
-        "epoch",
-        tuple(OPTIMISERS),
-        (("loss", "training loss"), ("evaluate/error", "validation error")),
-    ),
-    "course-regularisation": (
-        "epoch",
-        ("no regularisation", "weight decay", "l1 term", "dropout", "early stopping"),
-        (("loss", "training loss"), ("evaluate/loss", "validation loss")),
-    ),
-    "course-fine-tuning": (
-        "epoch",
-        ("fine-tuned", "fine-tuned, nothing frozen", "from scratch, as long"),
-        (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
-    ),
-    "course-fashion": (
-        "seconds",
-        ("MLP", "LeNet-5", "VGG-11", "ResNet-20"),
-        (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
-    ),
-    "course-alexnet": (
-        "step",
-        ("AlexNet",),
-        (("loss", "training loss"), ("evaluate/accuracy", "validation accuracy")),
-    ),
-    "course-clipping": (
-        "step",
-        ("AlexNet",),
-        (("gradient_norm", "norm of the gradient"), ("suggested_norm", "suggested bound")),
-    ),
-    "course-depth": (
-        "epoch",
-        ("plain 20", "plain 56", "residual 20", "residual 56"),
-        (("loss", "training loss"), ("evaluate/error", "validation error")),
-    ),
-    "course-normalisation": (
-        "step",
-        ("batch norm, rate 1.0", "no norm, rate 0.1"),
-        (("loss", "loss"), ("evaluate/error", "validation error")),
-    ),
-}
-"""A plot: the x axis, the rows whose runs it shows, and its panels (figure, label)."""
-LOGARITHMIC = ("course-optimisers", "course-regularisation")
+FILE = Path(__file__).with_suffix(".yaml")
+DATA = read_yaml(FILE.read_bytes(), FILE.name)
+ROWS = [Row(**entry | {"settings": tuple(entry.get("settings", ()))}) for entry in DATA["rows"]]
+PLOTS = DATA["plots"]
 
 
 def folder_of(row: Row, runs: Path, seed: int = 0) -> Path:
@@ -344,12 +133,13 @@ def key(text: str) -> str:
 def plot(runs: Path) -> None:
     """Write the plots of which every run is there."""
     by_name = {row.name: folder_of(row, runs) for row in ROWS}
-    for name, (x, rows, panels) in PLOTS.items():
+    for name, wanted in PLOTS.items():
+        x, rows = wanted["x"], wanted["rows"]
         if not all((by_name[row] / "metrics.jsonl").exists() for row in rows):
             continue
         records = {row: RunRecord.read(by_name[row]) for row in rows}
         shown = []
-        for figure, label in panels:
+        for figure, label in wanted["panels"].items():
             curves = {}
             for row, record in records.items():
                 at = {entry["step"]: entry.get(x, entry["step"]) for entry in record.rows}
@@ -357,7 +147,7 @@ def plot(runs: Path) -> None:
                 curves[row] = ([at[step] for step, _ in points], [value for _, value in points])
             shown.append((label, curves))
         file = ROOT / "docs" / "images" / f"{name}.png"
-        plots.line_plot(file, shown, x_label=x, log_y=name in LOGARITHMIC)
+        plots.line_plot(file, shown, x_label=x, log_y=wanted.get("log", False))
 
 
 def main() -> None:
