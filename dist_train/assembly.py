@@ -208,6 +208,9 @@ class Repeated:
     def __init__(self, batches: Any, count: int) -> None:
         self.batches, self.count = batches, count
 
+    def batch(self, step: int) -> Any:
+        return self.batches.batch(step % self.count)
+
     def from_(self, step: int, stop: int) -> Any:
         kept = list(self.batches.from_(0, self.count))
         for now in range(step, stop):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.errors import UserError
@@ -144,6 +145,12 @@ class TopK:
 
 
 top_2, top_5 = TopK(2), TopK(5)
+
+
+def brier(outputs: Mapping[str, Tensor], micro: Rows) -> Tensor:
+    """Brier's score (1950): the squared distance of the probabilities from the label's, summed over the classes."""
+    probability = outputs["logits"].double().softmax(dim=-1)
+    return (probability - F.one_hot(micro["label"], probability.shape[-1])).square().sum(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 
 EVALUATION = -1
 """The turn index of draws made outside training: evaluation and samples."""
+STATISTICS = -2
+"""That of draws made while running statistics are taken anew."""
 
 
 def key(*numbers: int) -> int:

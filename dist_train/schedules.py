@@ -132,6 +132,41 @@ def one_cycle(
     return end + (1.0 - end) * (1.0 + math.cos(math.pi * (share - rise) / (1.0 - rise))) / 2.0
 
 
+def swa(
+    step: int, total: int, start: int, end: float = 0.05, cycle: int = 0, peak: float = 1.0
+) -> float:
+    """1 for the first half of `start`, then in a straight line to `end` at nine tenths of it, and there it stays.
+
+    With a `cycle` it falls from `peak` to `end` in each cycle of so many steps from `start` on: what stochastic weight
+    averaging explores with (Izmailov et al. 2018, arXiv:1803.05407, sec. 3.1). A constant rate is better for it where
+    `end` is high, cycles where one wants each average's weights to be good.
+    """
+    if start < 1 or cycle < 0:
+        raise UserError(f"start is 1 step or more and cycle 0 or more, got {start} and {cycle}")
+    if cycle and step >= start:
+        share = ((step - start) % cycle + 1) / cycle
+        return (1.0 - share) * peak + share * end
+    share = min(1.0, max(0.0, (step / start - 0.5) / 0.4))
+    return 1.0 + (end - 1.0) * share
+
+
+def cyclic_cosine(step: int, total: int, cycles: int, end: float = 0.0) -> float:
+    """Fall along half a cosine from 1 to `end` in each of `cycles` equal parts of the run (Huang et al. 2017,
+    arXiv:1704.00109, eq. 2)."""
+    if not 1 <= cycles <= max(1, total):
+        raise UserError(f"cycles must be 1 to the {total} steps of the run, got {cycles}")
+    ends = cycle_ends(total, cycles)
+    cycle = min(cycles - 1, sum(step >= last for last in ends))
+    start = ends[cycle - 1] if cycle else 0
+    share = min(1.0, (step - start) / max(1, ends[cycle] - start))
+    return end + (1.0 - end) * (1.0 + math.cos(math.pi * share)) / 2.0
+
+
+def cycle_ends(total: int, cycles: int) -> list[int]:
+    """After which of `total` steps each of `cycles` equal parts of a run ends: the last at `total`."""
+    return [total * (index + 1) // cycles for index in range(cycles)]
+
+
 def plateau(cuts: int, factor: float = 0.1, patience: int = PATIENCE, end: float = 0.0) -> float:
     """Multiply by `factor` whenever `patience` evaluations have brought no new best, not below `end`."""
     if patience < 1:

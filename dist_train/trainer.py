@@ -226,12 +226,19 @@ class Trainer:
             }
         )
 
-    def view(self, weights: str | None = None, *, together: bool = False) -> Networks:
+    def view(
+        self,
+        weights: str | Mapping[str, Mapping[str, Tensor]] | None = None,
+        *,
+        together: bool = False,
+    ) -> Networks:
         """All networks in evaluation mode, without gradients (collective). `weights`: None or "live" for the present
-        ones, or the name of a callback that averages them. `together`: all ranks will call them equally often, so that
-        zero3 need not gather the whole."""
-        averages: dict[str, dict[str, Tensor]] = {}
-        if weights not in (None, "live"):
+        ones, the name of a callback that averages them, or whole ones by player and name. `together`: all ranks will
+        call them equally often, so that zero3 need not gather the whole."""
+        averages: Mapping[str, Mapping[str, Tensor]] = {}
+        if isinstance(weights, Mapping):
+            averages = weights
+        elif weights not in (None, "live"):
             averages = self.callback(weights).weights(self)
         return Networks(
             {

@@ -141,6 +141,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "interruption",
         "meter",
         "metrics",
+        "ensembles",
         "diagnose.curves",
         "schedules",
         "optimizers",

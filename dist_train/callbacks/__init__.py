@@ -86,6 +86,11 @@ class Callback:
         """Tensors that must survive a restart, by name; from `run_begins` on. A resume overwrites their storage."""
         return ()
 
+    def kept(self) -> Iterable[int]:
+        """The steps whose checkpoints are never deleted, and the present one where it is to be saved; the same on every
+        rank."""
+        return ()
+
     def weights(self, run: Trainer) -> dict[str, dict[str, Tensor]]:
         """Whole weights by player, for `evaluate: {weights: INSTANCE}` (collective); only averages have them."""
         raise TypeError(f"{type(self).__name__} keeps no weights")

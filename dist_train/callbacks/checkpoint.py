@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointCallback(Callback):
-    """Save every so often, at the end, and at each new best; keep the last few and the best.
+    """Save every so often, at the end, and at each new best; keep the last few, the best, and what callbacks keep.
 
     Args:
         every: "500 steps", "1 epoch", ...; besides, the end and each new best are always saved.
@@ -29,18 +29,18 @@ class CheckpointCallback(Callback):
         self.every, self.keep = every, keep
 
     def step_ends(self, run: Trainer) -> None:
-        if run.every(self.every) or run.is_last or run.best.get("step") == run.step:
+        kept = {step for callback in run.callbacks for step in callback.kept()}
+        kept |= {run.best["step"]} if run.best else set()
+        if run.every(self.every) or run.is_last or run.step in kept:
             run.save()
             if run.world.is_main:
-                self._prune(run)
+                self._prune(run, kept)
 
-    def _prune(self, run: Trainer) -> None:
+    def _prune(self, run: Trainer, kept: set[int]) -> None:
         folder = run.directory.checkpoints
         old = checkpoint.steps(folder)[: -self.keep]
         for step in old:
-            if step != run.best.get("step") and not checkpoint.problems(
-                checkpoint.at(folder, run.step)
-            ):
+            if step not in kept and not checkpoint.problems(checkpoint.at(folder, run.step)):
                 doomed = folder / f".deleting-{step:08d}"
                 checkpoint.at(folder, step).rename(
                     doomed

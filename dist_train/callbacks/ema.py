@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from dist_train.callbacks import Callback
+from dist_train.callbacks.average import Average
 from dist_train.engine import Slice
 from dist_train.errors import UserError
 
@@ -35,40 +34,26 @@ class ExponentialMovingAverage(Callback):
             raise UserError(f"ema: decay must be in [0, 1), got {decay!r}")
         self.decay, self.players = decay, players
         self.turns: dict[str, int] = {}
-        self.average: dict[str, list[Slice]] = {}
-        self._pairs: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self.averages: dict[str, Average] = {}
 
     def run_begins(self, run: Trainer) -> None:
         for player in self.players or run.engines:
             self.turns.setdefault(player, 0)
-            live = self._live(run, player)
-            self.average[player] = [replace(part, tensor=part.tensor.clone()) for part in live]
-            self._pairs[player] = (
-                [part.tensor for part in self.average[player]],
-                [part.tensor for part in live],
-            )
+            self.averages[player] = Average(run.engines[player])
 
     def turn_ends(self, run: Trainer, turn: Turn) -> None:
-        if turn.player not in self._pairs:
+        if turn.player not in self.averages:
             return
         done = self.turns[turn.player]
         self.turns[turn.player] = done + 1
-        average, live = self._pairs[turn.player]
-        torch._foreach_lerp_(average, live, 1 - min(self.decay, (1 + done) / (10 + done)))
+        self.averages[turn.player].move(1 - min(self.decay, (1 + done) / (10 + done)))
 
     def weights(self, run: Trainer) -> dict[str, dict[str, Tensor]]:
-        whole = {}
-        for player, parts in self.average.items():
-            engine = run.engines[player]
-            names = {part.name for part in engine.weights}
-            buffers = {p.name: p.tensor.view(p.shape) for p in parts if p.name in engine.buffers}
-            averaged = engine.full(part for part in parts if part.name in names)
-            whole[player] = {**run.full_weights(player), **averaged, **buffers}
-        return whole
+        return {player: average.weights() for player, average in self.averages.items()}
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
-        for parts in self.average.values():
-            for part in parts:
+        for average in self.averages.values():
+            for part in average.slices:
                 yield part.name, part
 
     def state_dict(self) -> dict[str, int]:
@@ -76,12 +61,3 @@ class ExponentialMovingAverage(Callback):
 
     def load_state_dict(self, state: dict[str, int]) -> None:  # type: ignore[override]
         self.turns = dict(state)
-
-    def _live(self, run: Trainer, player: str) -> list[Slice]:
-        engine = run.engines[player]
-        buffers = [
-            Slice(name, tuple(b.shape), 0, b.view(-1), replicated=True)
-            for name, b in engine.buffers.items()
-            if b.is_floating_point()
-        ]
-        return [*engine.weights, *buffers]

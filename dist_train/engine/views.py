@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dist_train.errors import UserError
 from dist_train.networks import Player
+from dist_train.networks.batch_norm import statistics_of_the_batch
 
 
 class Views:
@@ -87,6 +88,19 @@ class Views:
                     handle.remove()
 
         return watched
+
+    def training(
+        self, network: str, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> Callable[..., Any]:
+        """The network in training mode, of weights and buffers that are passed in: a forward changes those buffers, and
+        running statistics become those of its batch alone."""
+        call = self._call(self._skeleton, network, {**weights, **buffers})
+
+        def noting(*inputs: Any) -> Any:
+            with statistics_of_the_batch(self._skeleton.networks[network]):
+                return call(*inputs)
+
+        return noting
 
     def evaluated(
         self, network: str, weights: Mapping[str, Tensor] | None = None

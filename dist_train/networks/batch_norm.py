@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from dist_train.errors import UserError
 from dist_train.world import World
@@ -20,6 +22,19 @@ def check_groups(world: World, global_batch: int, micro_batch: int) -> None:
             f"batch_norm: synchronised is over the global batch of {global_batch}, so each of {world.size} ranks takes"
             f" one micro-batch: expected data.micro_batch {global_batch / world.size:g} instead of {micro_batch}"
         )
+
+
+@contextmanager
+def statistics_of_the_batch(network: nn.Module) -> Iterator[None]:
+    """In here a forward in training leaves a norm's running statistics as those of its own batch, without a past."""
+    kept = [(m, m.momentum) for m in network.modules() if isinstance(m, _NormBase)]
+    for module, _ in kept:
+        module.momentum = 1.0
+    try:
+        yield
+    finally:
+        for module, momentum in kept:
+            module.momentum = momentum
 
 
 def synchronise(network: nn.Module, world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,20 @@ class Objective(ABC):
         raise TypeError(
             f"{type(self).__name__} has no evaluation: give it `evaluate`, or remove `evaluate:`"
         )
+
+    def evaluate_members(self, networks: Networks, micro: MicroBatch) -> list[dict[str, Tensor]]:
+        """What `evaluate` gives for each member of a network that is an ensemble; for any other, for itself."""
+        return [self.evaluate(networks, micro)]
+
+    def combine(
+        self, outputs: Sequence[dict[str, Tensor]], micro: MicroBatch, how: str = "mean"
+    ) -> dict[str, Tensor]:
+        """What `evaluate` would give for an ensemble of members that gave `outputs` for this micro-batch.
+
+        Args:
+            how: "mean" of the probabilities (a mixture), or the majority's "vote" between classes.
+        """
+        raise UserError(f"objective: {type(self).__name__} combines no members: give it `combine`")
 
     def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         """What a user of the network wants to know of each row: (B,) or (B, D) by name; without looking at a label.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.data_shards.loader import MicroBatch
+from dist_train.ensembles import combined_log_probability
 from dist_train.networks import Networks
 from dist_train.objectives import Objective, Turn
 
@@ -58,14 +59,13 @@ class Classification(Objective):
         return {"class": probability.argmax(dim=-1), "probability": probability}
 
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
-        logits = networks.model(micro[self.inputs])
-        losses = F.cross_entropy(logits, micro["label"], reduction="none")
-        return {
-            "logits": logits,
-            "nll": losses,
-            "loss_sum": losses[: micro.real].double().sum(),
-            "loss_count": losses.new_tensor(micro.real),
-        }
+        return _judged(networks.model(micro[self.inputs]), micro)
+
+    def combine(
+        self, outputs: Sequence[dict[str, Tensor]], micro: MicroBatch, how: str = "mean"
+    ) -> dict[str, Tensor]:
+        logits = torch.stack([one["logits"] for one in outputs])  # (M, B, K)
+        return _judged(combined_log_probability(logits.double().log_softmax(dim=-1), how), micro)
 
     def _cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
@@ -76,6 +76,17 @@ class Classification(Objective):
         alpha = torch.tensor(self.cutmix if cut else self.mixup)
         share = torch.distributions.Beta(alpha, alpha).sample().item()
         return cutmix(x, other, share, torch.rand(2)) if cut else (mixup(x, other, share), share)
+
+
+def _judged(logits: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
+    """What metrics need of logits (B, K)."""
+    losses = F.cross_entropy(logits, micro["label"], reduction="none")
+    return {
+        "logits": logits,
+        "nll": losses,
+        "loss_sum": losses[: micro.real].double().sum(),
+        "loss_count": losses.new_tensor(micro.real),
+    }
 
 
 def mixup(x: Tensor, other: Tensor, share: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data_shards.loader import MicroBatch
+from dist_train.ensembles import check_way, log_mean_probability, mixture_moments
 from dist_train.errors import UserError, nearest
 from dist_train.networks import Networks
 from dist_train.objectives import Objective, Turn
@@ -84,6 +85,31 @@ class Regression(Objective):
             "target": self._targets(micro),
             "nll": (nll + self.std.log()).sum(dim=1),  # a density in the target's own units
             "loss_sum": losses[: micro.real].mean(dim=1).double().sum(),
+            "loss_count": losses.new_tensor(micro.real),
+        }
+
+    def combine(
+        self, outputs: Sequence[dict[str, Tensor]], micro: MicroBatch, how: str = "mean"
+    ) -> dict[str, Tensor]:
+        """The members' mixture: its mean, deviation and negative log-likelihood."""
+        if check_way(how) != "mean":
+            raise UserError(f"how: got '{how}', expected mean: only classes are voted for")
+        mean, deviation, nll = (
+            torch.stack([one[name] for one in outputs]).double()
+            for name in ("prediction", "deviation", "nll")
+        )
+        prediction, spread = mixture_moments(mean, deviation)
+        target, std = outputs[0]["target"], self.std.to(mean)
+        mixed = -log_mean_probability(-nll)  # (B,)
+        losses = ((prediction - target) / std).square().mean(dim=1)
+        if self.variance == "predicted":
+            losses = (mixed - std.log().sum()) / len(std)
+        return {
+            "prediction": prediction,
+            "deviation": spread,
+            "target": target,
+            "nll": mixed,
+            "loss_sum": losses[: micro.real].sum(),
             "loss_count": losses.new_tensor(micro.real),
         }
 

@@ -1,0 +1,50 @@
+"""An average of a player's weights, sharded as the engine's weights are: what `ema` and `swa` keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dist_train.engine import Engine, Slice
+
+
+class Average:
+    """A copy of what a rank holds of one player, weights and floating-point buffers, that moves towards it.
+
+    Attributes:
+        slices: of the average, named and cut as the engine's own.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        live = _live(engine)
+        self._engine = engine
+        self.slices = [replace(part, tensor=part.tensor.clone()) for part in live]
+        self._average = [part.tensor for part in self.slices]
+        self._live = [part.tensor for part in live]
+
+    def move(self, share: float) -> None:
+        """average <- average + share * (weights - average); with a share of 1 it is the weights."""
+        torch._foreach_lerp_(self._average, self._live, share)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The averaged buffers by name, in their own shapes: views that can be written to."""
+        names = self._engine.buffers
+        return {p.name: p.tensor.view(p.shape) for p in self.slices if p.name in names}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights and buffers by name, whole (collective); what is not averaged, as it is."""
+        names = {part.name for part in self._engine.weights}
+        averaged = self._engine.full(part for part in self.slices if part.name in names)
+        return {**self._engine.full_weights(), **averaged, **self.buffers}
+
+
+def _live(engine: Engine) -> list[Slice]:
+    buffers = [
+        Slice(name, tuple(b.shape), 0, b.view(-1), replicated=True)
+        for name, b in engine.buffers.items()
+        if b.is_floating_point()
+    ]
+    return [*engine.weights, *buffers]
