@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_train import checkpoint
+from dist_train.engine.norm import global_norm
 from dist_train.errors import UserError
 from dist_train.forecast import footprint
 from dist_train.testing import RankFailed, spawn_ranks
@@ -101,6 +102,19 @@ def test_clipping_by_value_equals_torch(found: Found, strategy: str, way: str) -
     result = found(f"clip-value-{way}", strategy)
     assert difference(result["weights"], plain_clip("value")["weights"]) <= EXACT
     assert difference(result["weights"], plain_clip("norm")["weights"]) > 1000 * EXACT
+
+
+def test_global_norm_keeps_its_digits_however_large_a_tensor_is() -> None:
+    """torch's own norm of the largest of these is 5e-5 off."""
+    draws = torch.Generator().manual_seed(0)
+    shapes = [(3_000_001,), (700, 700), (5, 3, 160, 160), (64 * 1024 - 1,), (7,), (), (0,)]
+    tensors = [torch.randn(shape, generator=draws) for shape in shapes]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    exact = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+    assert float(global_norm(tensors, "cpu")) == pytest.approx(exact, rel=3e-7)
+    for tensor in tensors[:-1]:
+        found = float(global_norm([tensor], "cpu"))
+        assert found == pytest.approx(float(tensor.double().norm()), rel=3e-7)
 
 
 @pytest.mark.parametrize("kind", ("norm", "value"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, constant_like, materialise
 from dist_train.engine.buckets import Buckets
+from dist_train.engine.norm import global_norm
 from dist_train.networks import Player
 from dist_train.world import World
 
@@ -81,10 +82,7 @@ class PlainEngine(Engine):
 
     def _update(self) -> bool:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norms = torch._foreach_norm(self._buckets.flat if self._buckets else gradients)
-        if self._several_devices:
-            norms = tuple(norm.to(self.world.device) for norm in norms)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = global_norm(self._buckets.flat if self._buckets else gradients, self.world.device)
         divisor = None
         if self.loss_scale:
             norm = norm / self.loss_scale.value
