@@ -75,7 +75,7 @@ def measure(world: World, strategy: str) -> dict[str, float]:
 
     steps(2)  # in which DeepSpeed learns the order of the layers
     before = tcp_bytes_sent()
-    with Payload(world.size) as payload:
+    with Payload() as payload:
         steps(STEPS)
     unit = STEPS * size * (world.size - 1) / world.size
     every = world.gather([payload.bytes / unit, (tcp_bytes_sent() - before) / unit])

@@ -26,6 +26,7 @@ from dist_train.objectives import Objective
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
+from dist_train.strategies import WEIGHTLESS
 from dist_train.trainer import Trainer
 from dist_train.world import World
 
@@ -124,7 +125,7 @@ def make_networks(
 ) -> dict[str, dict[str, nn.Module]]:
     """The networks by player and name, initialised from the seed alone; `auto` arguments come from the data.
 
-    With a `device` the weights of players under zero3 are made by their engine, one by one, and never whole.
+    With a `device` the weights of players under zero3 or fsdp2 are made by their engine, one by one, and never whole.
     """
     from torch import nn
 
@@ -138,7 +139,7 @@ def make_networks(
             if module is None:
                 arguments = {key: _auto(key, value, known, where) for key, value in spec.items()}
                 build = partial(_network, recipe, player, number, arguments, where)
-                if device is not None and recipe.strategies[player]["name"] == "zero3":
+                if device is not None and recipe.strategies[player]["name"] in WEIGHTLESS:
                     module = construct(build, device, where)
                 else:
                     module = build()

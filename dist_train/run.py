@@ -19,9 +19,10 @@ from dist_train.errors import CheckpointError, Interrupted, UserError
 from dist_train.forecast import auto
 from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
+from dist_train.recipe.checks import check_shard_degrees
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.run_directory import RUNS, RunDirectory, environment
-from dist_train.strategies import AUTO
+from dist_train.strategies import AUTO, SHARDED
 from dist_train.trainer import Trainer
 from dist_train.world import COLLECTIVE_TIMEOUT, World, pin_threads
 
@@ -88,6 +89,7 @@ def train(
             raise UserError(
                 "train(model=...): a module of this process cannot be sent to new ranks; name it in the recipe"
             )
+        check_shard_degrees(recipe, ranks)
         data_folders(recipe)  # packed by this process, not by the ranks
         return _train_supervised(recipe, options, ranks, max_restarts)
     return _train_here(recipe, options, model)
@@ -206,9 +208,8 @@ def _watched(trainer: Trainer) -> AbstractContextManager[None]:
 
 
 def needs_group(recipe: Recipe) -> bool:
-    """Whether even one process needs a process group: DeepSpeed does."""
-    names = [strategy["name"] for strategy in recipe.strategies.values()]
-    return any(name == AUTO or name.startswith("zero") for name in names)
+    """Whether even one process needs a process group: what shards does."""
+    return any(s["name"] in (AUTO, *SHARDED) for s in recipe.strategies.values())
 
 
 def _directory(recipe: Recipe, world: World, options: Options) -> RunDirectory:

@@ -8,7 +8,11 @@ from typing import Any
 from dist_train.errors import UserError, nearest
 from dist_train.settings import short
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
+"""Those whose ranks hold and update parts of tensors."""
+WEIGHTLESS = ("zero3", "fsdp2")
+"""Those under which no rank ever holds a whole network."""
 AUTO = "auto"
 """The fastest of them that fits the machine, resolved when the run begins."""
 OFFLOADS = {
@@ -55,6 +59,8 @@ def check_strategy(strategy: Any, where: str) -> None:
         known += ["offload", "deepspeed"]
     if name == "zero3":
         known += ["persistence_threshold"]
+    if name == "fsdp2":
+        known += ["offload", "shard_degree", "reshard_after_forward"]
     for key in strategy:
         if key not in known:
             raise UserError(
@@ -65,6 +71,16 @@ def check_strategy(strategy: Any, where: str) -> None:
         raise UserError(
             f"{where}.persistence_threshold: got {short(threshold)}, expected a whole number of elements, 0 or more"
         )
+    degree = strategy.get("shard_degree", 1)
+    if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+        raise UserError(
+            f"{where}.shard_degree: got {short(degree)}, expected a whole number of ranks, 1 or more"
+        )
+    if not isinstance(strategy.get("reshard_after_forward", True), bool):
+        raise UserError(
+            f"{where}.reshard_after_forward: got {short(strategy['reshard_after_forward'])},"
+            " expected true or false"
+        )
     able = OFFLOADS.get(strategy.get("offload", "none"))
     if able is None:
         raise UserError(
@@ -73,9 +89,19 @@ def check_strategy(strategy: Any, where: str) -> None:
     if name not in able:
         raise UserError(
             f"{where}.offload: got {short(strategy['offload'])} with {name}, expected {' or '.join(able)}:"
-            " other stages keep all parameters on the device"
+            " others keep all of a rank on its device"
         )
     _check_deepspeed(strategy.get("deepspeed", {}), f"{where}.deepspeed")
+
+
+def check_ranks(strategy: Mapping[str, Any], ranks: int, where: str) -> None:
+    """Raise UserError for a `shard_degree` into whose groups the ranks do not divide."""
+    degree = strategy.get("shard_degree", ranks)
+    if ranks % degree:
+        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(
+            f"{where}.shard_degree: got {degree}, which does not divide {ranks} ranks; these would: {fitting}"
+        )
 
 
 def _check_deepspeed(settings: Any, where: str) -> None:

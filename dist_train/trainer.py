@@ -234,7 +234,7 @@ class Trainer:
     ) -> Networks:
         """All networks in evaluation mode, without gradients (collective). `weights`: None or "live" for the present
         ones, the name of a callback that averages them, or whole ones by player and name. `together`: all ranks will
-        call them equally often, so that zero3 need not gather the whole."""
+        call them equally often, so that it may be gathered layer by layer."""
         averages: Mapping[str, Mapping[str, Tensor]] = {}
         if isinstance(weights, Mapping):
             averages = weights
@@ -398,12 +398,10 @@ class Trainer:
             "data": {"step": self.step, "index": self.fingerprint},
         }
         pairs = list(self.slices())
-        shared = [
-            pair for pair in pairs if pair[1].replicated
-        ]  # the same on every rank, so each writes a part of them
-        mine = [pair for pair in pairs if not pair[1].replicated] + shared[
-            self.world.rank :: self.world.size
-        ]
+        # the same on every rank, so each writes a part of them
+        shared = [pair for pair in pairs if pair[1].replicated]
+        mine = [pair for pair in pairs if not pair[1].replicated and pair[1].written]
+        mine += shared[self.world.rank :: self.world.size]
         checkpoint.save(self.directory.checkpoints, self.step, mine, values, self.world)
         self.saved = self.step
 

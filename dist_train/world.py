@@ -30,6 +30,8 @@ class World:
     local_size: int = 1
     device: str = "cpu"
     device_count: int = 1
+    timeout: timedelta = COLLECTIVE_TIMEOUT
+    """How long a rank waits for the others in a collective."""
 
     @property
     def devices(self) -> list[str]:
@@ -96,7 +98,7 @@ class World:
                 world_size=size,
                 timeout=timeout,
             )
-        return cls(rank, size, local_rank, local_size, device, devices)
+        return cls(rank, size, local_rank, local_size, device, devices, timeout)
 
     def store(self, name: str) -> Any:
         """The store by which the ranks found each other, for messages beside the collectives; None for one rank."""

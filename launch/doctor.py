@@ -149,7 +149,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
     advice = []
     if found["packages"]["deepspeed"] is None:
         advice.append(
-            "zero1, zero2 and zero3 need deepspeed: DS_BUILD_OPS=0 pip install 'dist-train[zero]'"
+            "zero1, zero2 and zero3 need deepspeed (fsdp2 does not): DS_BUILD_OPS=0 pip install 'dist-train[zero]'"
         )
     if found["open_files"] < FEW_FILES:
         advice.append(f"few open files are allowed: ulimit -n {FEW_FILES * 4}")

@@ -14,6 +14,7 @@ from dist_train.forecast.hardware import device
 from dist_train.launch.snapshot import MAX_BYTES
 from dist_train.launch.spec import Spec
 from dist_train.recipe import Recipe
+from dist_train.recipe.checks import check_shard_degrees
 
 
 def check_recipe(recipe: Recipe, spec: Spec, *, dry_run: bool) -> None:
@@ -94,7 +95,8 @@ def rank_limit(spec: Spec) -> tuple[float, str]:
 
 
 def check_shares(recipe: Recipe, spec: Spec) -> None:
-    """Every rank must get as many micro-batches as the others (law 3)."""
+    """Every rank must get as many micro-batches as the others (law 3), and stand in a whole group of its strategy."""
+    check_shard_degrees(recipe, spec.ranks)
     micro_batches = recipe.data.global_batch // recipe.data.micro_batch
     if micro_batches % spec.ranks:
         fitting = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]

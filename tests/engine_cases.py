@@ -39,14 +39,21 @@ SPECS: dict[str, dict[str, Any]] = {
         "name": "zero3",
         "deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": 50}},
     },
+    "fsdp2": {"name": "fsdp2"},
+    "fsdp2-kept": {"name": "fsdp2", "reshard_after_forward": False},
+    "fsdp2-hybrid": {"name": "fsdp2", "shard_degree": 2},
     "zero1-offload": {"name": "zero1", "offload": "optimizer"},
     "zero2-offload": {"name": "zero2", "offload": "optimizer"},
     "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
     "zero3-all": {"name": "zero3", "offload": "all", "persistence_threshold": 0},
 }
-"""`zero3` shards every tensor; `zero3-persistent` keeps small ones whole, as it does by default, and gathers ahead."""
-STRATEGIES = tuple(name for name in SPECS if name != "single")
-MOVED = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-offload", "zero3-all")
+"""`zero3` shards every tensor; `zero3-persistent` keeps small ones whole, as it does by default, and gathers ahead;
+`fsdp2-hybrid` is for four ranks."""
+STRATEGIES = tuple(name for name in SPECS if name not in ("single", "fsdp2-hybrid"))
+MOVED = (
+    *("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-offload", "zero3-all"),
+    "fsdp2",
+)
 """Strategies between which state moves."""
 STEPS = 5
 MICRO_BATCHES = 4  # of a global batch
@@ -334,9 +341,10 @@ def learning_rates(world: World, strategy: str) -> dict[str, Any]:
 
 
 def slices(world: World, strategy: str) -> dict[str, Any]:
-    """Every rank's (start, stop, replicated) of every tensor, and the shapes."""
+    """What every rank writes, (start, stop, replicated) of every tensor, and the shapes."""
     e = engine_of(strategy, world, normalised(), adamw, groups=parameter_groups)
-    mine = [[n, s.start, s.stop, s.replicated, list(s.shape)] for n, s in e.slices()]
+    written = [(name, part) for name, part in e.slices() if part.written]
+    mine = [[n, s.start, s.stop, s.replicated, list(s.shape)] for n, s in written]
     return {"ranks": world.gather(mine)}
 
 
@@ -604,7 +612,7 @@ def traffic(world: World, strategy: str) -> dict[str, Any]:
             micro_batches=micro_batches,
         )
         for _ in range(3):
-            with Payload(world.size) as payload:
+            with Payload() as payload:
                 e.begin_turn()
                 for i in range(micro_batches):
                     loss = e.own("net")(torch.ones(2, 64, device=world.device)).square().mean()
@@ -652,8 +660,9 @@ VARIED = (
     "clip-norm-given",
     "clip-norm-streamed",
     "overflow-streamed",
+    "traffic",
 )
-"""What could differ where ZeRO-3 keeps small tensors whole, or where something lies in the host's memory."""
+"""What could differ where weights stay whole for longer, or where something lies in the host's memory."""
 
 
 def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
@@ -693,7 +702,7 @@ def save_engine(e: Engine, folder: Path) -> None:
     """As the trainer does: replicated slices are shared out over the ranks."""
     pairs = list(e.slices())
     shared = [pair for pair in pairs if pair[1].replicated]
-    mine = [pair for pair in pairs if not pair[1].replicated]
+    mine = [pair for pair in pairs if not pair[1].replicated and pair[1].written]
     mine += shared[e.world.rank :: e.world.size]
     checkpoint.save(folder, 3, mine, {"steps": e.optimizer_steps()}, e.world)
 
@@ -784,6 +793,68 @@ def two_ranks(folder: str, extensions: str) -> dict[str, Any]:
         "built": built,
         "accelerator": accelerator,
     }
+
+
+def four_ranks(folder: str) -> dict[str, Any]:
+    """Two groups of two ranks that share out the weights; two micro-batches a rank where their size does not count."""
+    global MICRO_BATCHES
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    found: dict[str, Any] = {}
+    name = "fsdp2-hybrid"
+    for check in (*VARIED, "clip-value-streamed", "tied-streamed", "unused"):
+        MICRO_BATCHES = 4 if check in ("frozen", "overflow-streamed") else 8
+        found[check] = CHECKS[check](world, name)
+    MICRO_BATCHES = 4
+    found["saved"] = save_all(world, (name,), Path(folder))
+    found["loaded"] = load_all(world, [f"{name}-4", "single-1"], (name,), Path(folder))
+    world.leave()
+    return found
+
+
+class Halves(nn.Module):
+    """Two blocks of one kind and size, each of which the engine gathers by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(13)
+        self.halves = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor, way: str, half: int) -> Tensor:
+        """(B, 5) -> (B, 5): of one half, both of which may be called, or by its weight alone."""
+        if way == "forward":
+            return self.halves[half](x)
+        if way == "backward":
+            return [module(x) for module in self.halves][half]
+        return F.linear(x, self.halves[half][0].weight)
+
+
+def at_odds(way: str, alike: bool) -> str:
+    """What two ranks are told that use different blocks of one network, or the same (`alike`)."""
+    world = World.join(group=True)
+    e = engine_of("fsdp2", world, Halves())
+    x, y = batches(1)[0]
+    half = 0 if alike else world.rank
+    try:
+        for _ in range(2):
+            accumulate(e, x, y, loss=lambda net, x: net(x, way, half).square().mean())
+            e.step()
+    except UserError as error:
+        return str(error)
+    world.leave()
+    return ""
+
+
+def single_number() -> str:
+    """What is said of a weight without axes."""
+    world = World.join(group=True)
+    module = mlp()
+    module.temperature = nn.Parameter(torch.tensor(1.0))
+    try:
+        engine_of("fsdp2", world, module)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def save_here(strategies: list[str], folder: str) -> dict[str, Any]:

@@ -15,19 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_train import checkpoint
+from dist_train import checkpoint, strategies
 from dist_train.engine.norm import global_norm
 from dist_train.errors import UserError
 from dist_train.forecast import footprint
 from dist_train.testing import RankFailed, spawn_ranks
 from dist_train.world import World, pin_threads
 
-SHARDED = ("ddp", "zero1", "zero2", "zero3")
+SHARDED = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STRATEGIES = ("single", *SHARDED)
 LOADERS = ("single", *cases.MOVED)
 EXACT = 1e-6  # of sums in another order, in fp32
 each = pytest.mark.parametrize("strategy", STRATEGIES)
-each_and_varied = pytest.mark.parametrize("strategy", tuple(cases.SPECS))
+each_and_varied = pytest.mark.parametrize("strategy", ("single", *cases.STRATEGIES))
 streamed_and_given = pytest.mark.parametrize("way", ("streamed", "given"))
 
 
@@ -40,7 +40,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     saved = cases.save_all(World(), ("single",), folder)
     environ = {"TORCH_EXTENSIONS_DIR": str(extensions)}
     two = spawn_ranks(
-        2, cases.two_ranks, str(folder), str(extensions), environ=environ, timeout=150
+        2, cases.two_ranks, str(folder), str(extensions), environ=environ, timeout=240
     )[0]
     for check, found in two["checks"].items():
         checks[check] |= found
@@ -165,7 +165,7 @@ def test_slices_cover_every_element_once(found: Found, strategy: str) -> None:
         covered = sorted(part[1:3] for part in parts)
         assert [start for start, _ in covered] == [0, *[stop for _, stop in covered[:-1]]], name
         assert covered[-1][1] == shape.numel(), name
-    sharded = strategy.startswith("zero")
+    sharded = cases.SPECS[strategy]["name"] in strategies.SHARDED
     assert any(not part[3] for mine in ranks for part in mine) == sharded
 
 
@@ -302,11 +302,12 @@ def branched() -> dict[str, Any]:
 
 
 @streamed_and_given
-@pytest.mark.parametrize("strategy", ("single", "ddp"))
+@pytest.mark.parametrize("strategy", ("single", "ddp", "fsdp2"))
 def test_ranks_that_use_different_parameters(
     found: Found, branched: dict[str, Any], strategy: str, way: str
 ) -> None:
-    """Rank 0 takes one branch, rank 1 the other: the sums are right, and nobody waits for ever."""
+    """Rank 0 takes one branch, rank 1 the other: the sums are right, and nobody waits for ever. (Under fsdp2 both are
+    of one block.)"""
     assert difference(found(f"branches-{way}", strategy)["gradients"], branched) <= EXACT
 
 
@@ -379,17 +380,17 @@ def test_deepspeed_compiles_nothing(measured: dict[str, Any]) -> None:
     assert measured["built"] == []
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("strategy", (*SHARDED, "fsdp2-kept"))
 def test_payload_is_what_plan_says(found: Found, strategy: str) -> None:
-    """2 P (N - 1) / N under ddp, zero1 and zero2, 3 P (N - 1) / N under zero3; of two micro-batches zero2 sums each,
-    and zero3 does everything for each."""
+    """2 P (N - 1) / N under ddp, zero1 and zero2, 3 P (N - 1) / N under zero3 and fsdp2; of two micro-batches zero2
+    sums each, and zero3 and fsdp2 do everything for each. Weights that fsdp2 keeps are gathered once."""
     result = found("traffic", strategy)
     step: Any = SimpleNamespace(trained={"net": result["weights"]})
     for micro_batches, payload in result["bytes"].items():
-        due = footprint.wire_bytes(step, strategy, 2, int(micro_batches), {"net": 1.0})
+        due = footprint.wire_bytes(step, cases.SPECS[strategy], 2, int(micro_batches), {"net": 1.0})
         assert payload == pytest.approx(due, rel=0.02), micro_batches
     times = result["bytes"]["1"] / (result["weights"] / 2)
-    assert times == pytest.approx(3.0 if strategy == "zero3" else 2.0, rel=0.02)
+    assert times == pytest.approx(3.0 if strategy in ("zero3", "fsdp2") else 2.0, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

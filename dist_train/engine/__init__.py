@@ -1,4 +1,4 @@
-"""The engine carries one player's gradients to its weights: plain, DDP or ZeRO.
+"""The engine carries one player's gradients to its weights: plain, DDP, ZeRO or FSDP2.
 
 Its contract is gradients, not losses (docs/decisions/0002): a turn's gradients are either streamed to it, layer by
 layer, by the backward of a loss through the live networks, or given to it whole, for losses with a double backward.
@@ -34,7 +34,8 @@ def make_engine(
     """Build the engine of one player.
 
     Args:
-        strategy: `{"name": "single" | "ddp" | "zero1" | "zero2" | "zero3"}`, for zero3 also `persistence_threshold`.
+        strategy: `{"name": "single" | "ddp" | "zero1" | "zero2" | "zero3" | "fsdp2"}`, and its settings
+            (`dist_train.strategies`).
         groups: named parameters -> the optimiser's parameter groups.
         optimizer: parameter groups -> optimiser.
         given: whether this player's gradients are given whole instead of streamed.
@@ -43,12 +44,16 @@ def make_engine(
     name = strategy["name"]
     if name == "single" and world.size > 1:
         raise UserError(
-            f"strategy: single is one process, but there are {world.size} ranks; choose ddp or zero1-3"
+            f"strategy: single is one process, but there are {world.size} ranks; choose ddp, zero1-3 or fsdp2"
         )
     if name in ("single", "ddp"):
         from dist_train.engine.plain import PlainEngine
 
         return PlainEngine(player, groups, optimizer, world, given=given)
+    if name == "fsdp2":
+        from dist_train.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(player, groups, optimizer, world, given, strategy)
     from dist_train.engine.zero import ZeroEngine
 
     return ZeroEngine(

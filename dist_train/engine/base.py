@@ -29,6 +29,9 @@ class Slice:
     start: int
     tensor: Tensor  # 1-D, a view of the real storage
     replicated: bool = False  # every rank holds these elements, and one of them is to write them
+    written: bool = (
+        True  # whether this rank writes them, of the several that hold them under hybrid sharding
+    )
 
     @property
     def stop(self) -> int:
@@ -86,7 +89,7 @@ class Engine(ABC):
     ) -> Callable[..., Any]:
         """The network in evaluation mode (`Views.evaluated`).
 
-        `together`: all ranks call it equally often, and want no gradients, so that zero3 may gather layer by layer.
+        `together`: all ranks call it equally often, and want no gradients, so that it may be gathered layer by layer.
         """
         if together and weights is None and self.gathers_by_layer:
             return functools.partial(self._live_in_evaluation, network)
@@ -186,7 +189,7 @@ class Engine(ABC):
                 continue
             shape = self.shape(parameter)
             flat = torch.zeros(shape.numel(), device=self.world.device)
-            if name in mine:
+            if name in mine and mine[name].written:
                 flat[mine[name].start : mine[name].stop] = mine[name].tensor
             whole[name] = self.world.sum_(flat).view(shape)
         return whole
@@ -259,6 +262,16 @@ class Engine(ABC):
 def constant_like(loss: Tensor, value: float | Tensor) -> Tensor:
     """The gradient that a backward starts with; a tensor stays on its device, so that nobody waits for it."""
     return value.to(loss) if isinstance(value, Tensor) else torch.full_like(loss, value)
+
+
+def added(
+    total: list[Tensor | None] | None, gradients: Iterable[Tensor | None]
+) -> list[Tensor | None]:
+    """The sums of gradients that come one micro-batch after the other; None is a gradient of 0."""
+    if total is None:
+        return list(gradients)
+    pairs = zip(total, gradients, strict=True)
+    return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, constant_like, materialise
 from dist_train.engine.buckets import Buckets
 from dist_train.engine.norm import global_norm
+from dist_train.engine.update import divides_by_scale, divisor_of, step
 from dist_train.networks import Player
 from dist_train.world import World
 
@@ -33,10 +34,7 @@ class PlainEngine(Engine):
         ]
         self.optimizer_state = _slices_of_state(self.trained, self.optimizer.state)
         self._buckets = Buckets(list(self.trained.values()), world) if world.size > 1 else None
-        self._several_devices = len({p.device for p in self.trained.values()}) > 1
-        self._divides_by_scale = bool(self.optimizer.defaults.get("fused")) and all(
-            p.dtype == torch.float32 for p in self.trained.values()
-        )
+        self._divides_by_scale = divides_by_scale(self.optimizer, self.trained.values())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -83,31 +81,14 @@ class PlainEngine(Engine):
     def _update(self) -> bool:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norm = global_norm(self._buckets.flat if self._buckets else gradients, self.world.device)
-        divisor = None
         if self.loss_scale:
             norm = norm / self.loss_scale.value
             if not torch.isfinite(norm):
                 return False
-            divisor = torch.full_like(norm, self.loss_scale.value)
         self.norm = norm
-        if self._clip_norm is not None:
-            excess = (norm + 1e-6).div_(self._clip_norm).clamp_(min=1.0)
-            divisor = excess if divisor is None else divisor * excess
-        in_the_kernel = self._divides_by_scale and self._clip_value is None
-        if divisor is not None and not in_the_kernel:
-            if self._several_devices:
-                for gradient in gradients:
-                    gradient.div_(divisor.to(gradient.device))
-            else:
-                torch._foreach_div_(gradients, divisor)
-        if self._clip_value is not None:
-            torch._foreach_clamp_min_(gradients, -self._clip_value)
-            torch._foreach_clamp_max_(gradients, self._clip_value)
-        if in_the_kernel:  # it divides while it reads the gradients
-            self.optimizer.grad_scale = divisor
-        self.optimizer.step()
-        if in_the_kernel:
-            self.optimizer.grad_scale = None
+        scale = self.loss_scale.value if self.loss_scale else None
+        divisor = divisor_of(norm, scale, self._clip_norm)
+        step(self.optimizer, gradients, divisor, self._clip_value, fused=self._divides_by_scale)
         return True
 
     def _states(self) -> Iterator[dict[str, Any]]:

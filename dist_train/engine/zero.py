@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.engine.base import Engine, OptimizerMaker, Slice, materialise
+from dist_train.engine.base import Engine, OptimizerMaker, Slice, added, materialise
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.networks.deferred import value_of
@@ -136,13 +136,7 @@ class ZeroEngine(Engine):
 
     def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
         # summed over this rank's micro-batches first: given one by one, ZeRO-3 gets them silently wrong
-        if self._sum is None:
-            self._sum = list(gradients)
-            return
-        for index, gradient in enumerate(gradients):
-            total = self._sum[index]
-            if gradient is not None:
-                self._sum[index] = gradient if total is None else total.add_(gradient)
+        self._sum = added(self._sum, gradients)
 
     @property
     def _scale(self) -> float:

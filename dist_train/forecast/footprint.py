@@ -9,6 +9,7 @@ from dist_train.engine.zero import ZERO_BUCKET
 from dist_train.forecast.tracing import Step
 from dist_train.recipe import Recipe
 from dist_train.recipe.checks import WHOLE_TENSORS
+from dist_train.strategies import SHARDED
 
 FASTEST_FIRST: tuple[dict[str, Any], ...] = (
     {"name": "single"},
@@ -97,7 +98,7 @@ def candidates(recipe: Recipe, ranks: int) -> list[dict[str, Any]]:
         alone, offloads = strategy["name"] == "single", "offload" in strategy
         if alone if ranks > 1 else not alone and not offloads:
             continue
-        if (whole or recipe.placement) and strategy["name"].startswith("zero"):
+        if (whole or recipe.placement) and strategy["name"] in SHARDED:
             continue
         found.append(dict(strategy))
     return found
@@ -112,21 +113,30 @@ def fastest(
 
 
 def wire_bytes(
-    step: Step, name: str, ranks: int, micro_batches: int, turns: Mapping[str, float]
+    step: Step,
+    strategy: Mapping[str, Any],
+    ranks: int,
+    micro_batches: int,
+    turns: Mapping[str, float],
 ) -> float:
     """Payload that a rank hands to collectives in a step, on average: what a ring moves.
 
-    ZeRO-2 sums its gradients over the ranks after each micro-batch, ZeRO-3 gathers its weights twice besides.
+    ZeRO-2 sums its gradients over the ranks after each micro-batch; ZeRO-3 and FSDP2 gather their weights twice
+    besides, FSDP2 once a step where it keeps them. Across its groups it sums once a step what a rank holds.
 
     Args:
         turns: how often each player has a turn in a step.
     """
+    name, group = strategy["name"], strategy.get("shard_degree", ranks)
+    gathers = 2.0 * micro_batches if strategy.get("reshard_after_forward", True) else 1.0
     times = {
         "single": 0.0,
         "ddp": 2.0,
         "zero1": 2.0,
         "zero2": micro_batches + 1.0,
         "zero3": 3.0 * micro_batches,
+        "fsdp2": micro_batches + gathers,
     }[name]
-    share = (ranks - 1) / ranks
-    return sum(times * share * step.trained[player] * often for player, often in turns.items())
+    share = times * (group - 1) / group
+    share += 2.0 / group * (ranks // group - 1) / (ranks // group)
+    return sum(share * step.trained[player] * often for player, often in turns.items())

@@ -17,7 +17,8 @@ from dist_train.forecast.auto import GIB
 from dist_train.forecast.hardware import Device
 from dist_train.forecast.tracing import Step, foresee, turns_per_step
 from dist_train.recipe import Recipe
-from dist_train.strategies import AUTO
+from dist_train.recipe.checks import check_shard_degrees
+from dist_train.strategies import AUTO, SHARDED
 from dist_train.trainer import Trainer
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -56,7 +57,7 @@ def plan(
                 "largest_micro_batch": _largest(
                     recipe, strategy, ranks, (step, second), other, limit
                 ),
-                **_time(recipe, step, strategy["name"], device, nodes, per_node, share, often),
+                **_time(recipe, step, strategy, device, nodes, per_node, share, often),
             }
         )
     auto = footprint.fastest(choices, step, ranks, share, limit)
@@ -125,7 +126,9 @@ def check_fit(recipe: Recipe, ranks: int, limit: float, where: str) -> int:
 
 
 def shared_out(recipe: Recipe, ranks: int) -> int:
-    """How many micro-batches each of `ranks` ranks takes; UserError, with what would divide, where they do not."""
+    """How many micro-batches each of `ranks` ranks takes; UserError, with what would divide, where they do not, or
+    where groups of `shard_degree` ranks do not."""
+    check_shard_degrees(recipe, ranks)
     count = recipe.data.global_batch // recipe.data.micro_batch
     if count % ranks:
         fitting = [str(n) for n in range(1, count + 1) if count % n == 0]
@@ -211,7 +214,7 @@ def _largest(
 def _time(
     recipe: Recipe,
     step: Step,
-    strategy: str,
+    strategy: Mapping[str, Any],
     device: Device,
     nodes: int,
     per_node: int,
@@ -231,7 +234,7 @@ def _time(
         players[player] = players.get(player, 0.0) + n
     wire = footprint.wire_bytes(step, strategy, ranks, micro_batches, players)
     link = device.network if nodes > 1 else device.link
-    compute += update / (ranks if strategy.startswith("zero") else 1)
+    compute += update / (strategy.get("shard_degree", ranks) if strategy["name"] in SHARDED else 1)
     return {
         "wire_bytes_per_step": wire,
         "compute_seconds": compute,

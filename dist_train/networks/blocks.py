@@ -41,24 +41,27 @@ def chosen(
 
 
 def repeated_blocks(networks: Mapping[str, nn.Module], where: str) -> dict[str, list[nn.Module]]:
-    """{network: the members of its lists and sequences that have parts of their own and others of their kind}."""
-    found: dict[str, list[nn.Module]] = {}
-    for key, network in networks.items():
-        members = {
-            f"{path}.{name}".removeprefix("."): child
-            for path, parent in network.named_modules()
-            if isinstance(parent, nn.ModuleList | nn.Sequential)
-            for name, child in parent.named_children()
-            if list(child.children())
-        }
-        kinds = [type(child) for child in members.values()]
-        names = [name for name, child in members.items() if kinds.count(type(child)) > 1]
-        found[key] = _outermost(network, names)
+    """{network: `blocks_of` it}. Raises UserError where no network has any."""
+    found = {key: blocks_of(network) for key, network in networks.items()}
     if not any(found.values()):
         raise UserError(
             f"{where}: auto, but no block is repeated in {', '.join(networks)}; name modules instead"
         )
     return found
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The members of its lists and sequences that have parts of their own and others of their kind."""
+    members = {
+        f"{path}.{name}".removeprefix("."): child
+        for path, parent in network.named_modules()
+        if isinstance(parent, nn.ModuleList | nn.Sequential)
+        for name, child in parent.named_children()
+        if list(child.children())
+    }
+    kinds = [type(child) for child in members.values()]
+    names = [name for name, child in members.items() if kinds.count(type(child)) > 1]
+    return _outermost(network, names)
 
 
 def _outermost(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:

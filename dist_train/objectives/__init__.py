@@ -58,7 +58,7 @@ class Objective(ABC):
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         """What metrics need of an evaluation batch; `loss_sum` and `loss_count` over its first `micro.real` rows.
 
-        As in `loss`, how often it calls a network must not depend on values: under zero3 all ranks do so together.
+        As in `loss`, how often it calls a network must not depend on values: ranks of zero3 and fsdp2 do so together.
         """
         raise TypeError(
             f"{type(self).__name__} has no evaluation: give it `evaluate`, or remove `evaluate:`"

@@ -14,7 +14,7 @@ from dist_train.duration import Duration, Every
 from dist_train.errors import UserError, nearest
 from dist_train.recipe.sections import as_spec
 from dist_train.settings import short
-from dist_train.strategies import check_strategy
+from dist_train.strategies import SHARDED, check_ranks, check_strategy
 
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe
@@ -66,7 +66,7 @@ def check_placement(recipe: Recipe) -> None:
     name = recipe.strategies["model"]["name"]
     if name not in ("single", "ddp"):
         raise UserError(
-            f"strategy: got {name} with a placement, expected single or ddp: ZeRO keeps all of a rank on one device"
+            f"strategy: got {name} with a placement, expected single or ddp: others keep all of a rank on one device"
         )
     if recipe.compile:
         raise UserError(
@@ -103,9 +103,9 @@ def check_players(recipe: Recipe) -> None:
             where = "strategy"
         check_strategy(strategy, where)
         optimizer = recipe.optimizers[player]["name"]
-        if optimizer in WHOLE_TENSORS and strategy["name"].startswith("zero"):
+        if optimizer in WHOLE_TENSORS and strategy["name"] in SHARDED:
             raise UserError(
-                f"{where}: got {strategy['name']}, which cuts tensors into flat pieces, but optimizer"
+                f"{where}: got {strategy['name']}, which cuts tensors into pieces, but optimizer"
                 f" '{optimizer}' needs each whole; choose single or ddp, or another optimizer"
             )
     for key, first, named in (
@@ -145,6 +145,12 @@ def check_players(recipe: Recipe) -> None:
             f"duration: got {short(recipe.duration)}, expected one of the players {', '.join(players)}"
             + nearest(player, players)
         )
+
+
+def check_shard_degrees(recipe: Recipe, ranks: int) -> None:
+    """Raise UserError where the ranks do not divide into the groups of a strategy."""
+    for player, strategy in recipe.strategies.items():
+        check_ranks(strategy, ranks, recipe.where_of("strategy", player))
 
 
 def check_weights(recipe: Recipe, weights: object, where: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,21 +29,29 @@ COLLECTIVES: dict[str, tuple[float, int]] = {
 class Payload(TorchDispatchMode):
     """Adds up, in `bytes`, what a ring moves for the collectives within this block: the mean over the ranks.
 
-    Of n bytes over N ranks each sends 2 n (N - 1) / N for a sum that all get, and half of that where n bytes in all
-    are gathered or scattered, or go to or come from one rank.
+    Of n bytes over a group of N ranks each sends 2 n (N - 1) / N for a sum that all get, and half of that where n bytes
+    in all are gathered or scattered, or go to or come from one rank.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bytes, self._share = 0.0, (ranks - 1) / ranks
+        self.bytes = 0.0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func.namespace == "c10d":
             times, place = COLLECTIVES[func.overloadpacket.__name__]
-            self.bytes += times * self._share * _bytes(args[place])
+            ranks = _group(args).size()
+            self.bytes += times * (ranks - 1) / ranks * _bytes(args[place])
         return func(*args, **(kwargs or {}))
+
+
+def _group(arguments: Any) -> Any:
+    for value in arguments:
+        if isinstance(value, torch.ScriptObject) and value._type().name() == "ProcessGroup":  # type: ignore[attr-defined]
+            return dist.ProcessGroup.unbox(value)
+    raise AssertionError("a collective without a group")
 
 
 def _bytes(value: Any) -> int:
