@@ -45,6 +45,7 @@ def train(
     overfit: int | None = None,
     micro_order: str = "forward",
     model: nn.Module | Mapping[str, nn.Module] | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Train a recipe, and return `{"run_dir", "steps", "seconds", "results", "best", "stopped"}`.
 
@@ -59,6 +60,7 @@ def train(
         micro_order: "reversed" sums a step's micro-batches from the last to the first, which measures the noise floor
             of floating-point summation and changes nothing else.
         model: a module (or one by network name) to train instead of building the recipe's; this process only.
+        alone: this process is the whole run, even if it is one of several ranks.
     Raises: UserError for what the user can mend, before any rank is started where that is possible.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -77,6 +79,7 @@ def train(
         quick,
         overfit,
         micro_order,
+        alone,
     )
     if resume is None:
         starting_weights.check(recipe)
@@ -105,6 +108,7 @@ class Options:
     quick: bool
     overfit: int | None
     micro_order: str
+    alone: bool
 
 
 def _train_supervised(
@@ -136,8 +140,12 @@ def _train_rank(
 
 def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str, Any]:
     recipe.importable()
-    world = World.join(
-        group=needs_group(recipe), timeout=_collective_timeout(recipe), devices=recipe.devices
+    world = (
+        World.alone(devices=recipe.devices)
+        if options.alone
+        else World.join(
+            group=needs_group(recipe), timeout=_collective_timeout(recipe), devices=recipe.devices
+        )
     )
     threads = pin_threads(recipe.threads, world.local_size)
     recipe = auto.resolve(recipe, world, partial(assembly.build_one, model=model))

@@ -100,6 +100,16 @@ class World:
             )
         return cls(rank, size, local_rank, local_size, device, devices, timeout)
 
+    @classmethod
+    def alone(cls, environ: Mapping[str, str] = os.environ, *, devices: int = 1) -> World:
+        """A world of this process only, though it is one of the ranks of a launcher: on the device of its place, and
+        with its share of the machine's cores."""
+        place = {**environ, **slurm_place(environ)}
+        local = place.get("LOCAL_RANK", place.get("RANK", "0"))
+        size = place.get("LOCAL_WORLD_SIZE", place.get("DIST_TRAIN_LOCAL_SIZE", "1"))
+        own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": size}
+        return cls.join(own, devices=devices)
+
     def store(self, name: str) -> Any:
         """The store by which the ranks found each other, for messages beside the collectives; None for one rank."""
         if self.size == 1:

@@ -53,6 +53,12 @@ def train(
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the resolved recipe and stop.")
     ] = False,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Train so many seeds, shared out over the ranks; judge them together."
+        ),
+    ] = None,
     micro_order: Annotated[Order, typer.Option(hidden=True)] = Order.forward,
     as_json: Json = False,
 ) -> None:
@@ -78,6 +84,10 @@ def train(
             "(WORLD_SIZE is set), expected one of the two"
         )
 
+    if seeds is not None and (quick or overfit or max_restarts):
+        raise UserError(
+            "--seeds: not together with --quick, --overfit or --max-restarts: each seed is a whole run"
+        )
     if ranks is not None:
         warm_up()  # which imports what ranks need, while this process imports what checks need
 
@@ -87,6 +97,16 @@ def train(
     if "WORLD_SIZE" in os.environ:
         die_with_parent()  # a launcher that is killed (torchrun, a Ray worker) leaves its ranks running
 
+    if seeds is not None:
+        from dist_train.launch.trained import show_members
+        from dist_train.trained.seeds import train_seeds
+
+        answer(
+            as_json,
+            lambda: train_seeds(resolved, seeds, run_dir=run_dir, resume=resume, ranks=ranks),
+            show=show_members,
+        )
+        return
     answer(
         as_json,
         lambda: run.train(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("evaluate")(evaluate)
     app.command("predict")(predict)
     app.command("generate")(generate)
+    app.command("ensemble")(ensemble)
     app.command("report")(report)
     app.command("sync")(sync)
 
@@ -76,6 +79,64 @@ def generate(
         as_json,
         lambda: trained.generate(run, out, count=count, prompt=prompt, seed=seed, weights=weights),
     )
+
+
+class Way(StrEnum):
+    """How members are combined."""
+
+    mean = "mean"
+    vote = "vote"
+
+
+def ensemble(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, or checkpoints of a run (its snapshots).")
+    ],
+    how: Annotated[
+        Way, typer.Option(help="The mean of the probabilities (a mixture), or the majority's vote.")
+    ] = Way.mean,
+    data: Annotated[
+        str | None, typer.Option(help="Other data: a name or a folder of shards.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Another split than the recipe's.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="live|INSTANCE", help="Whose averaged weights, like ema.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A CSV file: what they say of each sample.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="A PNG: the reliability diagram.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge trained members together: accuracy, likelihood, calibration, disagreement."""
+    from dist_train.trained.ensemble import ensemble as judge_together
+
+    answer(
+        as_json,
+        lambda: judge_together(
+            runs, how=how.value, data=data, split=split, weights=weights, out=out, plot=plot
+        ),
+        show=show_members,
+    )
+
+
+def show_members(result: Mapping[str, Any]) -> None:
+    """Print each member's figures, their mean, and those of all together, a line each."""
+    names = list(result["together"])
+    rows = [
+        *((one["member"], one) for one in result["members"]),
+        ("mean of the members", result["mean_of_members"]),
+        (f"together ({result['how']})", result["together"]),
+    ]
+    width = max(len(name) for name, _ in rows)
+    typer.echo(f"{'':<{width}}" + "".join(f"{name:>20}" for name in names))
+    for label, figures in rows:
+        values = ["-" if figures[name] is None else f"{figures[name]:.4f}" for name in names]
+        typer.echo(f"{label:<{width}}" + "".join(f"{value:>20}" for value in values))
+    for name in ("samples", "disagreement", "ambiguity", "run_dir", "out", "plot"):
+        if name in result:
+            value = result[name]
+            typer.echo(f"{name}: {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
 def report(

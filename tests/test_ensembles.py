@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import cases
 import ensemble_cases as ensemble
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +19,15 @@ from torch.optim.swa_utils import update_bn
 
 from dist_train import checkpoint, ensembles, run, schedules, trained
 from dist_train.errors import UserError
+from dist_train.launch.cli import main
 from dist_train.metrics import CalibrationError, Metric, brier
+from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
-from dist_train.testing import assert_same_run, spawn_ranks
+from dist_train.testing import assert_same_run, spawn_ranks, tiny_run
+from dist_train.trained.ensemble import collect
+from dist_train.trained.ensemble import ensemble as trained_ensemble
 from dist_train.trained.export import export
+from dist_train.trained.seeds import train_seeds
 from dist_train.world import World, pin_threads
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
@@ -346,6 +355,199 @@ def test_snapshots_refuse(snapshots: dict[str, Any], tiny_data: Path) -> None:
     )
     with pytest.raises(UserError, match="objective 'language_modelling' combines no members"):
         text.check_components()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Members by their seeds
+
+
+@pytest.fixture(scope="module")
+def seeds(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Four members, each with a training set of its own, shared out over two ranks."""
+    folder = tmp_path_factory.mktemp("seeds")
+    recipe = cases.tiny_recipe("resnet", tiny_data, duration="8 steps")
+    recipe = recipe.set("optimizer.learning_rate", 0.1).set("data.resample", "bootstrap")
+    evaluate = {"split": "test", "every": "8 steps", "metrics": ["accuracy", "loss"]}
+    recipe = recipe.set("evaluate", {**evaluate, "micro_batch": 7})
+    result = train_seeds(recipe, 4, run_dir=folder / "four", ranks=2)
+    return {"folder": folder, "recipe": recipe, "result": result}
+
+
+def test_a_member_is_the_separate_run(seeds: dict[str, Any], tmp_path: Path) -> None:
+    recipe = seeds["recipe"]
+    for seed in (7, 10):
+        alone = recipe.set("seed", seed).set("strategy", "single")
+        run.train(alone, run_dir=tmp_path / f"{seed}")
+        member = seeds["folder"] / "four" / f"seed-{seed}"
+        assert_same_run(tmp_path / f"{seed}", member)
+    digests = {
+        checkpoint.weights_digest(seeds["folder"] / "four" / f"seed-{seed}")
+        for seed in range(7, 11)
+    }
+    assert len(digests) == 4
+
+
+def probabilities(seeds: dict[str, Any], tmp_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each member, (M, N, K), and the labels, without anything of what combines them."""
+    logits = []
+    for seed in range(7, 11):
+        member = seeds["folder"] / "four" / f"seed-{seed}"
+        recipe = seeds["recipe"].set("strategy", "single")
+        logits.append(member_logits(member, 8, recipe, tmp_path / str(seed)))
+    with cases.trainer_of(recipe, World(), tmp_path / "labels") as trainer:
+        label = torch.cat([micro["label"][: micro.real] for micro in trainer.evaluation])
+    return torch.stack(logits).double().softmax(-1), label
+
+
+def test_seeds_on_ranks_are_combined_as_by_hand(seeds: dict[str, Any], tmp_path: Path) -> None:
+    p, label = probabilities(seeds, tmp_path)
+    mean = p.mean(0)
+    result = seeds["result"]
+    together, members = result["together"], result["members"]
+    assert [one["member"] for one in members] == [f"seed-{seed}" for seed in range(7, 11)]
+    assert together["accuracy"] == float((mean.argmax(1) == label).double().mean())
+    assert together["error"] == pytest.approx(1 - together["accuracy"])
+    assert together["nll"] == pytest.approx(float(F.nll_loss(mean.log(), label)), rel=1e-6)
+    for one, probability in zip(members, p, strict=True):
+        nll = float(F.nll_loss(probability.log(), label))
+        assert one["nll"] == pytest.approx(nll, rel=1e-6)
+        assert one["accuracy"] == float((probability.argmax(1) == label).double().mean())
+    chosen = p.argmax(-1)
+    pairs = [(a, b) for a in range(4) for b in range(a)]
+    apart = [float((chosen[a] != chosen[b]).double().mean()) for a, b in pairs]
+    assert result["disagreement"] == pytest.approx(sum(apart) / 6)
+    rows = [row for row in result["reliability"] if row["count"]]
+    gaps = [row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows]
+    assert together["calibration_error"] == pytest.approx(sum(gaps) / len(label))
+    assert (
+        json.loads((seeds["folder"] / "four" / "ensemble.json").read_text())["together"] == together
+    )
+
+
+def test_the_command_gives_the_same(
+    seeds: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(seeds["folder"] / "four" / f"seed-{seed}") for seed in range(7, 11)]
+    out, plot = str(tmp_path / "out.csv"), str(tmp_path / "plot.png")
+    assert main(["ensemble", *runs, "--out", out, "--plot", plot, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["together"] == pytest.approx(seeds["result"]["together"], rel=1e-6)
+    p, label = probabilities(seeds, tmp_path)
+    table = list(csv.DictReader(Path(out).read_text().splitlines()))
+    assert len(table) == len(label) == 60
+    for row, probability, right in zip(table, p.mean(0), label, strict=True):
+        assert row["class"] == str(int(probability.argmax()))
+        assert row["label"] == str(int(right))
+        assert float(row["probability.3"]) == pytest.approx(float(probability[3]), abs=1e-6)
+    assert Path(plot).read_bytes().startswith(b"\x89PNG")
+    vote = trained_ensemble(runs[:3], how="vote")
+    shares = F.one_hot(p[:3].argmax(-1), 10).double().mean(0)
+    winner = (shares + 1e-9 * p[:3].mean(0)).argmax(1)
+    assert vote["together"]["accuracy"] == float((winner == label).double().mean())
+    brier_by_hand = float((shares - F.one_hot(label, 10)).square().sum(1).mean())
+    assert vote["together"]["brier"] == pytest.approx(brier_by_hand, abs=1e-7)
+    assert vote["together"]["nll"] is None  # some label has no vote at all
+    assert main(["ensemble", *runs]) == 0
+    printed = capsys.readouterr().out
+    assert "together (mean)" in printed
+    assert "disagreement: " in printed
+
+
+def test_snapshots_by_the_command(snapshots: dict[str, Any]) -> None:
+    """The members of a snapshot ensemble are its checkpoints."""
+    folder = snapshots["folder"] / "run" / "checkpoints"
+    found = trained_ensemble([folder / f"step-{step:08d}" for step in (4, 8, 12)])
+    for name in ("accuracy", "nll", "brier"):
+        expected = snapshots["results"][f"evaluate/ensemble/{name}"]
+        assert found["together"][name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_seeds_resume(seeds: dict[str, Any], tmp_path: Path) -> None:
+    """A member that was cut off goes on, those that are done stay, and the figures are the same."""
+    folder = tmp_path / "four"
+    shutil.copytree(seeds["folder"] / "four", folder)
+    shutil.rmtree(folder / "seed-8")
+    member = Recipe.load(folder / "seed-9")
+    shutil.rmtree(folder / "seed-9")
+    run.train(member, run_dir=folder / "seed-9", until=3)
+    result = train_seeds(seeds["recipe"], 4, run_dir=folder, resume="auto")
+    assert result["together"] == seeds["result"]["together"]
+    assert_same_run(folder / "seed-8", seeds["folder"] / "four" / "seed-8")
+
+
+def test_seeds_and_members_refuse(
+    seeds: dict[str, Any], snapshots: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = seeds["recipe"]
+    with pytest.raises(
+        UserError, match=r"strategy: got zero1 with --seeds, expected single or ddp"
+    ):
+        train_seeds(recipe.set("strategy", "zero1"), 2, run_dir=tmp_path / "a")
+    with pytest.raises(UserError, match="no evaluate section"):
+        train_seeds(recipe.set("evaluate", None), 2, run_dir=tmp_path / "a")
+    with pytest.raises(UserError, match=r"exists already: give another --run-dir"):
+        train_seeds(recipe, 2, run_dir=seeds["folder"] / "four")
+    with pytest.raises(UserError, match=r"--seeds: got 1, expected 2 or more"):
+        train_seeds(recipe, 1, run_dir=tmp_path / "a")
+    one = seeds["folder"] / "four" / "seed-7"
+    text = tiny_run(cases.tiny_recipe("transformer", tiny_data), tmp_path / "text", steps=3)
+    with pytest.raises(UserError, match=r"text: its recipe has no evaluate section"):
+        trained_ensemble([one, text])
+    with pytest.raises(UserError, match=r"out.csv: exists already"):
+        (tmp_path / "out.csv").touch()
+        trained_ensemble([one], out=tmp_path / "out.csv")
+    with pytest.raises(UserError, match=r"is not a run directory"):
+        trained_ensemble([tmp_path])
+
+
+def test_a_mixture_of_regressions(tmp_path: Path) -> None:
+    """Two members with predicted variance, against torch's mixture, and the better for it by the ambiguity."""
+    from dist_train.data_shards.write import write_shards
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 3)).astype(np.float32)
+    y = (50 + 10 * x[:, :1] + rng.normal(size=(120, 1))).astype(np.float32)
+    rows = [
+        ("test" if i % 4 == 0 else "train", f"{i:03d}", {"features.npy": a, "target.npy": b})
+        for i, (a, b) in enumerate(zip(x, y, strict=True))
+    ]
+    write_shards(tmp_path / "shards", "line", iter(rows))
+    recipe = Recipe(
+        duration="30 steps",
+        strategy="single",
+        threads=1,
+        data={"path": str(tmp_path / "shards"), "global_batch": 30, "micro_batch": 30},
+        model={"name": "mlp", "in_features": 3, "num_outputs": 2, "depth": 1, "width": 8},
+        objective={"name": "regression", "variance": "predicted"},
+        optimizer={"name": "adam", "learning_rate": 0.03},
+        evaluate={"split": "test", "every": "30 steps", "metrics": ["rmse", "nll", "loss"]},
+        callbacks={"checkpoint": {"every": "30 steps"}},
+    )
+    result = train_seeds(recipe, 2, run_dir=tmp_path / "runs")
+    mean, deviation = [], []
+    for seed in (0, 1):
+        trainer = trained.restore(tmp_path / "runs" / f"seed-{seed}")
+        (outputs,), _ = collect(trainer, trainer.evaluation, "live")
+        mean.append(outputs["prediction"][:, 0].double())
+        deviation.append(outputs["deviation"][:, 0].double())
+        target = outputs["target"][:, 0].double()
+    parts = torch.distributions.Normal(torch.stack(mean, 1), torch.stack(deviation, 1))
+    weights = torch.distributions.Categorical(torch.ones(len(target), 2))
+    mixture = torch.distributions.MixtureSameFamily(weights, parts)
+    together = result["together"]
+    assert together["nll"] == pytest.approx(float(-mixture.log_prob(target).mean()), rel=1e-5)
+    rmse = float((mixture.mean - target).square().mean().sqrt())
+    assert together["rmse"] == pytest.approx(rmse, rel=1e-6)
+    squares = [one["rmse"] ** 2 for one in result["members"]]
+    assert sum(squares) / 2 - together["rmse"] ** 2 == pytest.approx(result["ambiguity"], rel=1e-6)
+    runs = [tmp_path / "runs" / f"seed-{seed}" for seed in (0, 1)]
+    found = trained_ensemble(runs, out=tmp_path / "out.csv")
+    table = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert float(table[3]["prediction"]) == pytest.approx(float(mixture.mean[3]), rel=1e-5)
+    assert float(table[3]["deviation"]) == pytest.approx(float(mixture.stddev[3]), rel=1e-4)
+    assert found["together"] == pytest.approx(together, rel=1e-6)
+    with pytest.raises(UserError, match="only classes are voted for"):
+        trained_ensemble(runs, how="vote")
 
 
 def test_interrupted_in_the_statistics(

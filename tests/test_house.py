@@ -165,7 +165,14 @@ FLOORS = [  # each may import those above it in this list, and its own
     {"run"},
     {"forecast.plan", "ranks.preload"},
     {"trained", "testing", "verify", "diagnose.bias_variance"},
-    {"trained.export", "trained.predict", "diagnose.sweep_rate", "diagnose.landscape"},
+    {
+        "trained.export",
+        "trained.predict",
+        "trained.ensemble",
+        "trained.seeds",
+        "diagnose.sweep_rate",
+        "diagnose.landscape",
+    },
 ]
 
 

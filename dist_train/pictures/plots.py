@@ -62,6 +62,31 @@ def line_plot(
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def reliability_plot(path: Path, bins: Sequence[Mapping[str, Any]]) -> None:
+    """Write a reliability diagram as a PNG file: of each bin of the confidence the share that is right, against the
+    diagonal; how many rows it has stands below. Bins as `ensembles.reliability` gives them."""
+    from matplotlib.figure import Figure
+
+    filled = [row for row in bins if row["count"]]
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    axes: Any = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    lows = [row["from"] for row in filled]
+    wide = [row["to"] - row["from"] for row in filled]
+    heights = [row["accuracy"] for row in filled]
+    axes[0].bar(lows, heights, wide, align="edge", edgecolor="k", label="accuracy")
+    confidences = [row["confidence"] for row in filled]
+    axes[0].plot(confidences, heights, "r.", label="at the mean confidence")
+    axes[0].plot([0, 1], [0, 1], "k--", linewidth=1)
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend(loc="upper left")
+    axes[1].bar(lows, [row["count"] for row in filled], wide, align="edge", edgecolor="k")
+    axes[1].set_yscale("log")
+    axes[1].set_ylabel("rows")
+    axes[1].set_xlabel("confidence")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def contour_plot(
     path: Path,
     xs: Sequence[float],

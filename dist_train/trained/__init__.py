@@ -23,20 +23,29 @@ SILENT = (
 """Callbacks that only show what a run does."""
 
 
-def restore(run_dir: str | Path, recipe: Recipe | None = None) -> Trainer:
-    """A finished or unfinished run, loaded whole into this process, ready to evaluate or to sample from."""
+def restore(
+    run_dir: str | Path,
+    recipe: Recipe | None = None,
+    path: Path | None = None,
+    world: World | None = None,
+) -> Trainer:
+    """A finished or unfinished run, loaded whole into this process, ready to evaluate or to sample from; `path`: from
+    this checkpoint instead of the last."""
     directory = RunDirectory.open(run_dir)
     recipe = recipe or Recipe.load(directory.path)
     silent = {k: v for k, v in recipe.callback_specs.items() if v["name"] not in SILENT}
     recipe = recipe.set("callbacks", silent).set("strategy", "single").set("placement", {})
     recipe.importable()
-    world = World.join({})
-    pin_threads(recipe.threads, 1)
+    world = world or World.join({})
+    pin_threads(recipe.threads, world.local_size)
     trainer = build(recipe, world, directory)
-    path, _ = checkpoint.last_good(directory.checkpoints)
     if path is None:
-        raise CheckpointError(f"{directory.path}: has no checkpoint yet")
-    reader = checkpoint.Reader(path)
+        path, _ = checkpoint.last_good(directory.checkpoints)
+        if path is None:
+            raise CheckpointError(f"{directory.path}: has no checkpoint yet")
+        reader = checkpoint.Reader(path)
+    else:
+        reader = checkpoint.open_whole(path)
     trainer.load(reader)
     trainer.callbacks.call("run_begins", trainer)
     trainer.load_callbacks(reader)

@@ -80,11 +80,11 @@ def _predicted(
         for row in range(micro.real):
             line: dict[str, Any] = {"key": shards.key(int(micro.ids[row]))}
             for name, values in columns.items():
-                line |= _cells(name, values[row], classes)
+                line |= cells(name, values[row], classes)
             yield line
 
 
-def _cells(name: str, value: Any, classes: list[str]) -> dict[str, Any]:
+def cells(name: str, value: Any, classes: list[str]) -> dict[str, Any]:
     """One column, or one for each of several numbers: by the name of the class where there are as many."""
     if name == "class":
         return {name: classes[value] if classes else value}
