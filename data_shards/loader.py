@@ -74,7 +74,8 @@ class TrainingBatches:
     """The endless training batches of one rank: of the M micro-batches of a step it holds [rM / W, (r + 1)M / W).
 
     Step t takes the places [t * B, (t + 1) * B) of the endless order of each stream, so batches straddle epochs and are
-    all full. The only stream is called ''. UserError, with what would divide, when shares are not equal.
+    all full. The only stream is called ''. With `together` the streams' fields stand side by side, as
+    (b, streams, ...), without the stream's name. UserError, with what would divide, when shares are not equal.
     """
 
     def __init__(
@@ -88,12 +89,14 @@ class TrainingBatches:
         workers: int = 0,
         prefetch: int = 2,
         device: str = "cpu",
+        together: bool = False,
     ) -> None:
         own = _share(global_batch, micro_batch, rank, world_size)
         self.streams, self.global_batch = dict(streams), global_batch
         self._make = _TrainingStep(self.streams, global_batch, micro_batch, own)
         self._ahead = Ahead(self._make, workers, prefetch)
-        self._finish = _Finish({name: one.assembler for name, one in streams.items()}, device)
+        self._done = _Finish({name: one.assembler for name, one in streams.items()}, device)
+        self._together = list(streams) if together else []
 
     @property
     def epoch(self) -> int:
@@ -113,6 +116,10 @@ class TrainingBatches:
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of `step`."""
         return [self._finish(micro) for micro in self._make(step)]
+
+    def _finish(self, micro: MicroBatch) -> MicroBatch:
+        micro = self._done(micro)
+        return _side_by_side(micro, self._together) if self._together else micro
 
     def from_(self, step: int, stop: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield (step, this rank's micro-batches) for the steps [step, stop)."""
@@ -343,6 +350,20 @@ def _joined(streams: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tens
         for stream, tensors in streams.items()
         for name, tensor in tensors.items()
     }
+
+
+def _side_by_side(micro: MicroBatch, streams: Sequence[str]) -> MicroBatch:
+    """Each field once, with an axis of streams after that of the rows: (b, streams, ...)."""
+    fields = [name.partition(".")[2] for name in micro.tensors if name.startswith(f"{streams[0]}.")]
+    tensors = {}
+    for name in fields:
+        parts = [micro.tensors[f"{stream}.{name}"] for stream in streams]
+        if len({part.shape for part in parts}) > 1:
+            raise UserError(
+                f"members: their batches of '{name}' have unequal shapes, expected samples of one size"
+            )
+        tensors[name] = torch.stack(parts, dim=1)
+    return replace(micro, tensors=tensors)
 
 
 def _divisors(number: int) -> str:

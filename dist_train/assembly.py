@@ -20,6 +20,7 @@ from dist_train.metrics import Metric
 from dist_train.networks import hollow
 from dist_train.networks.deferred import construct
 from dist_train.networks.initialisation import initialise
+from dist_train.networks.members import stacked, stacked_names
 from dist_train.networks.players import make_players
 from dist_train.networks.precision import set_numerics
 from dist_train.objectives import Objective
@@ -79,6 +80,7 @@ def build(
             weight_decay=spec.get("weight_decay", 0.0),
             settings=settings,
             rule_of=assign(modules, settings, recipe.where_of("optimizer", player)),
+            stacked=stacked_names(modules),
         )
 
         def optimizer(groups: Any, spec: dict[str, Any] = spec, player: str = player) -> Any:
@@ -136,6 +138,10 @@ def make_networks(
         for name, spec in specs.items():
             where = "model" if name == player == "model" else f"model.{player}"
             module = given.get(name) if isinstance(given, Mapping) else given
+            if module is not None and recipe.members is not None:
+                raise UserError(
+                    f"{where}: a module is given with members, expected its name in the recipe"
+                )
             if module is None:
                 arguments = {key: _auto(key, value, known, where) for key, value in spec.items()}
                 build = partial(_network, recipe, player, number, arguments, where)
@@ -155,10 +161,23 @@ def make_networks(
 def _network(
     recipe: Recipe, player: str, number: int, arguments: dict[str, Any], where: str
 ) -> nn.Module:
-    randomness.reseed(recipe.seed, -1, number)
+    """One network, or the recipe's members as one: each as the run of its own seed would build it."""
+    if recipe.members is None:
+        return _of_seed(recipe.seed, recipe, player, number, arguments, where)
+    made = [
+        _of_seed(recipe.seed + member, recipe, player, number, arguments, where)
+        for member in range(recipe.members.count)
+    ]
+    return stacked(made, recipe.members.heads, "members")
+
+
+def _of_seed(
+    seed: int, recipe: Recipe, player: str, number: int, arguments: dict[str, Any], where: str
+) -> nn.Module:
+    randomness.reseed(seed, -1, number)
     module = components.build("model", arguments, where)
     if player in recipe.inits:
-        randomness.reseed(recipe.seed, -2, number)
+        randomness.reseed(seed, -2, number)
         initialise(module, recipe.inits[player], recipe.where_of("init", player))
     return module
 

@@ -63,12 +63,16 @@ class RunData:
         if world.rank == 0:
             _tell_what_is_left_out(opened)
         streams = {}
+        members = recipe.members
+        own_rows = members is not None and members.heads is None
         for (name, shards), (settings, where) in zip(opened.items(), data.located(), strict=True):
-            seed = derived(recipe.seed, name)
-            order = _order(settings, shards, seed, recipe)
-            transforms = _transforms(settings, where, "train", shards)
-            assembler = _assembler(shards, seed, transforms, settings, where)
-            streams[name] = Stream(order, assembler)
+            # of members each has the order and the draws that the run of its own seed has
+            for member in range(members.count if members and own_rows else 1):
+                seed = derived(recipe.seed + member, name)
+                order = _order(settings, shards, seed, recipe)
+                transforms = _transforms(settings, where, "train", shards)
+                assembler = _assembler(shards, seed, transforms, settings, where)
+                streams[str(member) if own_rows else name] = Stream(order, assembler)
         self.batches = TrainingBatches(
             streams,
             global_batch=data.global_batch,
@@ -78,6 +82,7 @@ class RunData:
             workers=data.workers,
             prefetch=data.prefetch,
             device=world.device,
+            together=own_rows,
         )
         longest = max(opened.values(), key=len)
         self.samples, self.tokens = len(longest), longest.tokens

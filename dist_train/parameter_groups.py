@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     settings: GroupSettings | None = None,
     rule_of: Mapping[str, int] | None = None,
+    stacked: Collection[str] = (),
 ) -> Groups:
     """Parameters that are updated alike, as `{"params", "names", "weight_decay", "l1", "scale"}`.
 
@@ -76,12 +77,13 @@ def parameter_groups(
 
     Args:
         settings: what the recipe says of groups. rule_of: which parameter is in which, from `assign`.
+        stacked: those that have an axis of members before their own.
     """
     made: dict[tuple[int, float, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         rule = (rule_of or {}).get(name, -1)
         group = settings.groups[rule] if settings and rule >= 0 else None
-        whole = parameter.ndim >= 2
+        whole = parameter.ndim - (name in stacked) >= 2
         decay = weight_decay if whole else 0.0
         l1 = settings.l1 if settings and whole else 0.0
         if group is not None:

@@ -23,6 +23,7 @@ COMMANDS = [
     "evaluate",
     "predict",
     "generate",
+    "ensemble",
     "report",
     "sync",
     "list",

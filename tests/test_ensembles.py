@@ -27,6 +27,7 @@ from dist_train.testing import assert_same_run, spawn_ranks, tiny_run
 from dist_train.trained.ensemble import collect
 from dist_train.trained.ensemble import ensemble as trained_ensemble
 from dist_train.trained.export import export
+from dist_train.trained.predict import predict
 from dist_train.trained.seeds import train_seeds
 from dist_train.world import World, pin_threads
 
@@ -500,8 +501,8 @@ def test_seeds_and_members_refuse(
         trained_ensemble([tmp_path])
 
 
-def test_a_mixture_of_regressions(tmp_path: Path) -> None:
-    """Two members with predicted variance, against torch's mixture, and the better for it by the ambiguity."""
+def line_recipe(folder: Path) -> Recipe:
+    """A Gaussian about a line, from a table of 120 points."""
     from dist_train.data_shards.write import write_shards
 
     rng = np.random.default_rng(0)
@@ -511,18 +512,23 @@ def test_a_mixture_of_regressions(tmp_path: Path) -> None:
         ("test" if i % 4 == 0 else "train", f"{i:03d}", {"features.npy": a, "target.npy": b})
         for i, (a, b) in enumerate(zip(x, y, strict=True))
     ]
-    write_shards(tmp_path / "shards", "line", iter(rows))
-    recipe = Recipe(
+    write_shards(folder / "shards", "line", iter(rows))
+    return Recipe(
         duration="30 steps",
         strategy="single",
         threads=1,
-        data={"path": str(tmp_path / "shards"), "global_batch": 30, "micro_batch": 30},
+        data={"path": str(folder / "shards"), "global_batch": 30, "micro_batch": 30},
         model={"name": "mlp", "in_features": 3, "num_outputs": 2, "depth": 1, "width": 8},
         objective={"name": "regression", "variance": "predicted"},
         optimizer={"name": "adam", "learning_rate": 0.03},
         evaluate={"split": "test", "every": "30 steps", "metrics": ["rmse", "nll", "loss"]},
         callbacks={"checkpoint": {"every": "30 steps"}},
     )
+
+
+def test_a_mixture_of_regressions(tmp_path: Path) -> None:
+    """Two members with predicted variance, against torch's mixture, and the better for it by the ambiguity."""
+    recipe = line_recipe(tmp_path)
     result = train_seeds(recipe, 2, run_dir=tmp_path / "runs")
     mean, deviation = [], []
     for seed in (0, 1):
@@ -548,6 +554,190 @@ def test_a_mixture_of_regressions(tmp_path: Path) -> None:
     assert found["together"] == pytest.approx(together, rel=1e-6)
     with pytest.raises(UserError, match="only classes are voted for"):
         trained_ensemble(runs, how="vote")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Members in one process
+
+
+@pytest.fixture(scope="module")
+def batched(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Three members of a ResNet with batch norm, augmentation, bootstrap, decay and an average, as one run."""
+    folder = tmp_path_factory.mktemp("batched")
+    recipe = cases.tiny_recipe("resnet", tiny_data, duration="8 steps", strategy="single")
+    evaluate = {"split": "test", "every": "8 steps", "metrics": ["accuracy", "nll"]}
+    recipe = recipe.set("evaluate", {**evaluate, "micro_batch": 7}).set("log.every", "1 step")
+    recipe = recipe.set("callbacks.clip_gradients", {"value": 0.05})
+    recipe = recipe.set("data.resample", "bootstrap")
+    recipe = recipe.set("init", {"name": "orthogonal"})
+    result = run.train(recipe.set("members", 3), run_dir=folder / "three")
+    for seed in (7, 8, 9):
+        run.train(recipe.set("seed", seed), run_dir=folder / f"{seed}")
+    run.train(recipe, run_dir=folder / "floor", micro_order="reversed")
+    return {"folder": folder, "recipe": recipe, "results": result["results"]}
+
+
+def test_members_of_a_batch_are_the_separate_runs(batched: dict[str, Any]) -> None:
+    """Weights, running statistics and averages of member k are those of the run of seed + k to 1e-6, and its momentum
+    within 10 times what another order of summation does to that."""
+    floor = [
+        checkpoint.Reader(checkpoint.resolve(batched["folder"] / name)) for name in ("7", "floor")
+    ]
+    momentum = floor[0].names("optimizer/")
+    noise = ensemble.apart(*({n: reader.whole(n) for n in momentum} for reader in floor))
+    assert noise > 0
+    together = checkpoint.Reader(checkpoint.resolve(batched["folder"] / "three"))
+    losses = []
+    for number, seed in enumerate((7, 8, 9)):
+        alone = checkpoint.Reader(checkpoint.resolve(batched["folder"] / f"{seed}"))
+        assert len(alone.tensors) == len(together.tensors)
+        ours = {n: together.whole(stacked(n))[number] for n in alone.tensors}
+        theirs = {n: alone.whole(n) for n in alone.tensors}
+        assert ensemble.apart(ours, {n: theirs[n] for n in momentum}) <= 10 * noise
+        for name in set(theirs) - set(momentum):
+            assert torch.allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-6), name
+        losses.append([row["loss"] for row in RunDirectory(batched["folder"] / f"{seed}").rows()])
+    rows = RunDirectory(batched["folder"] / "three").rows()
+    for row, *each in zip(rows, *losses, strict=True):  # the row shows the members' mean
+        assert row["loss"] == pytest.approx(sum(each) / 3, rel=1e-5)
+
+
+def stacked(name: str) -> str:
+    """What a tensor of a run is called where it has members."""
+    return name.replace("/model.", "/model.network.")
+
+
+def test_members_are_evaluated_together(batched: dict[str, Any], tmp_path: Path) -> None:
+    """The run's own figures, the command's, and those of the separate runs, are the same."""
+    folder = batched["folder"]
+    apart = trained_ensemble([folder / f"{seed}" for seed in (7, 8, 9)])
+    within = trained_ensemble([folder / "three"])
+    for name in ("accuracy", "nll"):
+        assert batched["results"][f"evaluate/{name}"] == pytest.approx(
+            apart["together"][name], rel=1e-5
+        )
+    for one, two in zip(within["members"], apart["members"], strict=True):
+        assert one["nll"] == pytest.approx(two["nll"], rel=1e-5)
+    assert within["together"] == pytest.approx(apart["together"], rel=1e-5)
+    three = folder / "three"
+    assert [one["member"] for one in within["members"]] == [f"{three}:{k}" for k in range(3)]
+    predict(three, batched["recipe"].data.path, tmp_path / "out.csv")
+    table = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    total = sum(float(table[0][f"probability.{k}"]) for k in range(10))
+    assert total == pytest.approx(1)
+
+
+def test_members_are_exported_one_by_one(batched: dict[str, Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    written = export(batched["folder"] / "three", tmp_path / "members")["written"]
+    assert sorted(written) == ["member-0", "member-1", "member-2"]
+    export(batched["folder"] / "8", tmp_path / "one")
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    own = load_file(tmp_path / "members" / "member-1" / "model.safetensors")
+    assert own.keys() == one.keys()
+    assert ensemble.apart(own, one) <= 1e-6
+    found = export(batched["folder"] / "three", tmp_path / "pt2", format="pt2")
+    assert max(found["differences"].values()) < 1e-4
+
+
+def test_members_on_two_ranks(batched: dict[str, Any], tmp_path: Path) -> None:
+    """Spread over ranks as any run is; resumed on one."""
+    members = batched["recipe"].set("members", 3)
+    once = run.train(members.set("strategy", "ddp"), run_dir=tmp_path / "ddp", ranks=2)["results"]
+    for name, value in batched["results"].items():
+        assert once[name] == pytest.approx(value, rel=1e-3), name
+    run.train(members.set("strategy", "zero2"), run_dir=tmp_path / "zero2", ranks=2, until=4)
+    run.train(members, run_dir=tmp_path / "zero2", resume="auto")
+    truth = checkpoint.Reader(checkpoint.resolve(batched["folder"] / "three"))
+    for kind in ("ddp", "zero2"):
+        ours = checkpoint.Reader(checkpoint.resolve(tmp_path / kind))
+        weights = {n: truth.whole(n) for n in truth.names("weights/")}
+        assert ensemble.apart({n: ours.whole(n) for n in weights}, weights) <= 1e-4, kind
+
+
+def test_heads_share_their_trunk(tiny_data: Path, tmp_path: Path) -> None:
+    """The loss is the sum of the heads' losses over the same rows: by hand, with the gradient of trunk and heads."""
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="single", duration="4 steps")
+    recipe = recipe.set("callbacks.learning_rate_decay", None)
+    recipe = recipe.set("members", {"count": 3, "heads": "classifier"})
+    with cases.trainer_of(recipe, World(), tmp_path / "run") as trainer:
+        network = trainer.engines["model"].player.networks["model"]
+        micro, turn = trainer.data.batch(0)[0], trainer.objective.turns(0)[0]
+        loss, logged = trainer.objective.loss(turn, trainer.seen_by(turn), micro, {})
+        heads, network.classifier = network.classifier, torch.nn.Identity()
+        features, network.classifier = network(micro["image"]), heads
+        pairs = zip(heads.network.weight, heads.network.bias, strict=True)
+        by_hand = torch.stack(
+            [F.cross_entropy(features @ w.T + b, micro["label"]) for w, b in pairs]
+        )
+        assert float(loss) == pytest.approx(float(by_hand.sum()), rel=1e-6)
+        assert float(logged["loss"]) == pytest.approx(float(by_hand.mean()), rel=1e-6)
+        parameters = dict(network.named_parameters())
+        ours = torch.autograd.grad(loss, list(parameters.values()))
+        theirs = torch.autograd.grad(by_hand.sum(), list(parameters.values()))
+        for name, a, b in zip(parameters, ours, theirs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+        plain = recipe.set("members", None)
+        firsts = [ensemble.built(plain.set("seed", 7 + number)) for number in range(3)]
+        for number, first in enumerate(firsts):
+            assert torch.equal(heads.network.weight[number], first.classifier.weight)
+        assert torch.equal(network.stem[0].weight, firsts[0].stem[0].weight)
+
+
+def test_heads_resume_and_are_told_apart(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="single", duration="4 steps")
+    recipe = recipe.set("members", {"count": 3, "heads": "classifier"})
+    recipe = recipe.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
+    evaluate = {"split": "test", "every": "4 steps", "metrics": ["nll"]}
+    recipe = recipe.set("evaluate", evaluate)
+    run.train(recipe, run_dir=tmp_path / "whole")
+    found = trained_ensemble([tmp_path / "whole"])
+    assert len({one["nll"] for one in found["members"]}) == 3
+    run.train(recipe, run_dir=tmp_path / "halves", until=2)
+    run.train(recipe, run_dir=tmp_path / "halves", resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_members_of_a_regression(tmp_path: Path) -> None:
+    """Targets of one number, each member with its own rows, with predicted variance and weight decay."""
+    recipe = line_recipe(tmp_path).set("optimizer", {"name": "sgd", "learning_rate": 0.01})
+    recipe = recipe.set("optimizer.weight_decay", 0.5).set("optimizer.momentum", 0.9)
+    run.train(recipe.set("members", 2), run_dir=tmp_path / "two")
+    train_seeds(recipe, 2, run_dir=tmp_path / "runs")
+    together = checkpoint.Reader(checkpoint.resolve(tmp_path / "two"))
+    for number in (0, 1):
+        alone = checkpoint.Reader(checkpoint.resolve(tmp_path / "runs" / f"seed-{number}"))
+        ours = {n: together.whole(stacked(n))[number] for n in alone.tensors}
+        assert ensemble.apart(ours, {n: alone.whole(n) for n in alone.tensors}) <= 1e-5
+    within = trained_ensemble([tmp_path / "two"])["together"]
+    apart = json.loads((tmp_path / "runs" / "ensemble.json").read_text())["together"]
+    assert within == pytest.approx(apart, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "zero3"}, r"strategy: got zero3 with members, expected single, ddp, zero1"),
+        ({"optimizer.name": "muon"}, r"optimizer: got muon with members"),
+        ({"compile": True}, r"compile: got True, expected none with members"),
+        ({"callbacks.clip_gradients": {"norm": 1.0}}, r"clip_gradients.norm: got 1.0 with members"),
+        ({"members": 1}, r"members.count: got 1, expected a number of members"),
+        (
+            {"members": {"count": 3, "heads": "clasifier"}},
+            r"heads: got 'clasifier', which is no la",
+        ),
+        ({"batch_norm": "synchronised"}, r"batch_norm: got 'synchronised', expected none"),
+    ],
+)
+def test_members_refuse(
+    batched: dict[str, Any], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    recipe = batched["recipe"].set("members", 3).set("init", None)
+    with pytest.raises(UserError, match=message):
+        for key, value in settings.items():
+            recipe = recipe.set(key, value)
+        run.train(recipe, run_dir=tmp_path / "run")
 
 
 def test_interrupted_in_the_statistics(

@@ -17,6 +17,8 @@ from dist_train.objectives import Objective, Turn
 class Classification(Objective):
     """Cross-entropy of `model(image) -> logits (B, K)` against `label` (B,).
 
+    A model with members gives (B, M, K): the loss is the sum of theirs, and they are evaluated together.
+
     Args:
         label_smoothing: s: the target is 1 - s for the right class plus s / K for each (Szegedy et al. 2016, sec. 7).
         mixup: alpha > 0 blends each image with another of its micro-batch, share ~ Beta(alpha, alpha), and their
@@ -45,21 +47,30 @@ class Classification(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         x, label = micro[self.inputs], micro["label"]
         if self.mixup == self.cutmix == 0.0:
-            loss = self._cross_entropy(networks.model(x), label)
+            loss, members = self._cross_entropy(networks.model(x), label)
         else:
             other = torch.randperm(len(x), device=x.device)  # (B,): whom each is mixed with
             x, share = self._mixed(x, x[other])
             logits = networks.model(x)
-            loss = share * self._cross_entropy(logits, label)
-            loss = loss + (1 - share) * self._cross_entropy(logits, label[other])
-        return loss, {"loss": loss.detach()}
+            one, members = self._cross_entropy(logits, label)
+            two, _ = self._cross_entropy(logits, label[other])
+            loss = share * one + (1 - share) * two
+        return loss, {"loss": loss.detach() / members}
 
     def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         probability = networks.model(micro[self.inputs]).softmax(dim=-1)
+        if probability.ndim == 3:  # (B, M, K)
+            probability = probability.mean(dim=1)
         return {"class": probability.argmax(dim=-1), "probability": probability}
 
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
-        return _judged(networks.model(micro[self.inputs]), micro)
+        members = self.evaluate_members(networks, micro)
+        return members[0] if len(members) == 1 else self.combine(members, micro)
+
+    def evaluate_members(self, networks: Networks, micro: MicroBatch) -> list[dict[str, Tensor]]:
+        logits = networks.model(micro[self.inputs])
+        each = logits.unbind(dim=1) if logits.ndim == 3 else (logits,)
+        return [_judged(one, micro) for one in each]
 
     def combine(
         self, outputs: Sequence[dict[str, Tensor]], micro: MicroBatch, how: str = "mean"
@@ -67,8 +78,17 @@ class Classification(Objective):
         logits = torch.stack([one["logits"] for one in outputs])  # (M, B, K)
         return _judged(combined_log_probability(logits.double().log_softmax(dim=-1), how), micro)
 
-    def _cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+    def _cross_entropy(self, logits: Tensor, label: Tensor) -> tuple[Tensor, int]:
+        """The mean over the rows, of members (B, M, K) summed over them, and how many members there are.
+
+        Labels are (B,), or (B, M) where each member has rows of its own.
+        """
+        members = logits.shape[1] if logits.ndim == 3 else 1
+        if logits.ndim == 3:
+            label = label if label.ndim == 2 else label[:, None].expand(-1, members)
+            logits, label = logits.flatten(0, 1), label.flatten()
+        loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+        return members * loss, members
 
     def _mixed(self, x: Tensor, other: Tensor) -> tuple[Tensor, float]:
         """The mixed images, and the share of each that is its own. The draws are the CPU's: no rank has to wait."""

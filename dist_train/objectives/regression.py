@@ -64,21 +64,35 @@ class Regression(Objective):
     def loss(
         self, turn: Turn, networks: Networks, micro: MicroBatch, scalars: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, *_ = self._losses(networks, micro)
+        output = networks.model(micro[self.inputs])
+        members = output.shape[1] if output.ndim == 3 else 1
+        losses, *_ = self._losses(*self._of_members(output, micro))
         loss = losses.mean()
-        return loss, {"loss": loss.detach()}
+        return members * loss, {"loss": loss.detach()}
 
     def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         output = networks.model(micro[self.inputs])
+        members = output.movedim(1, 0) if output.ndim == 3 else output[None]  # (M, B, ...)
         mean, std = self.mean.to(output), self.std.to(output)
         if self.variance == "fixed":
-            return {"prediction": output * std + mean}
-        predicted, log_variance = output.chunk(2, dim=1)
+            return {"prediction": members.mean(dim=0) * std + mean}
+        predicted, log_variance = members.chunk(2, dim=2)
         deviation = (0.5 * log_variance).exp() * std
-        return {"prediction": predicted * std + mean, "deviation": deviation}
+        together, spread = mixture_moments(predicted * std + mean, deviation)
+        return {"prediction": together, "deviation": spread}
 
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
-        losses, nll, mean, log_variance = self._losses(networks, micro)
+        members = self.evaluate_members(networks, micro)
+        return members[0] if len(members) == 1 else self.combine(members, micro)
+
+    def evaluate_members(self, networks: Networks, micro: MicroBatch) -> list[dict[str, Tensor]]:
+        output = networks.model(micro[self.inputs])
+        each = output.unbind(dim=1) if output.ndim == 3 else (output,)
+        return [self._judged(one, micro) for one in each]
+
+    def _judged(self, output: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
+        """What metrics need of an output (B, D) or (B, 2D)."""
+        losses, nll, mean, log_variance = self._losses(output, self._targets(micro))
         return {
             "prediction": mean * self.std + self.mean,
             "deviation": (0.5 * log_variance).exp() * self.std,
@@ -122,14 +136,19 @@ class Regression(Objective):
             )
         return target[:, None] if target.ndim == 1 else target
 
-    def _losses(
-        self, networks: Networks, micro: MicroBatch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _of_members(self, output: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Outputs and targets row by row: of members, (B, M, ...), each with the rows that it has seen."""
+        if output.ndim == 2:
+            return output, self._targets(micro)
+        # (B, M, D) where each has rows of its own, else the (B, 1, D) of all
+        target = micro[self.target].reshape(len(output), -1, len(self.mean))
+        return output.flatten(0, 1), target.expand(-1, output.shape[1], -1).flatten(0, 1)
+
+    def _losses(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is trained, the negative log-likelihood, mean and log variance: (B, D) each, of the standardised target.
 
         A variance that is not predicted is 1.
         """
-        output, target = networks.model(micro[self.inputs]), self._targets(micro)
         self.mean, self.std = self.mean.to(target), self.std.to(target)
         target = (target - self.mean) / self.std
         wanted = (len(target), target.shape[1] * (2 if self.variance == "predicted" else 1))

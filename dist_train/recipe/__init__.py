@@ -19,6 +19,7 @@ from dist_train import components
 from dist_train.errors import UserError
 from dist_train.recipe.checks import (
     check_every,
+    check_members,
     check_networks,
     check_placement,
     check_players,
@@ -35,6 +36,7 @@ from dist_train.recipe.sections import (
     Evaluate,
     GroupSettings,
     Log,
+    MembersSpec,
     Section,
     Spec,
     Watch,
@@ -91,6 +93,9 @@ class Recipe(Section):
     data: Data = Field(description="a mapping with name or path, global_batch and micro_batch")
     model: dict[str, Any] = Field(description="a network {name: ...}, or {player: network}")
     objective: Spec = Field(description="a mapping {name: ..., arguments}")
+    members: MembersSpec | None = Field(
+        None, description="a number of members, 2 or more, or a mapping {count: ..., heads: ...}"
+    )
     optimizer: dict[str, Any] = Field(
         description="{name: ..., arguments}, or {player: {name: ...}}"
     )
@@ -350,6 +355,7 @@ class Recipe(Section):
         check_networks(self.model)
         check_players(self)
         check_placement(self)
+        check_members(self)
         for instance, spec in self.callbacks.items():
             where = f"callbacks.{instance}"
             if not re.fullmatch(NAME, instance) or "." in instance:

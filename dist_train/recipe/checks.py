@@ -19,6 +19,8 @@ from dist_train.strategies import SHARDED, check_ranks, check_strategy
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe
 
+SHARDED_WEIGHTS = ("zero3", "fsdp2")
+"""Strategies under which a layer's weights are gathered when it is called."""
 WHOLE_TENSORS = ("adafactor", "muon")
 """Optimisers whose update of an element depends on the rest of its tensor."""
 
@@ -72,6 +74,43 @@ def check_placement(recipe: Recipe) -> None:
         raise UserError(
             "compile: got true with a placement, expected false: its hooks cannot be traced"
         )
+
+
+def check_members(recipe: Recipe) -> None:
+    """Members in one network: whatever acts on each weight by itself acts on each member's; the rest is refused."""
+    if recipe.members is None:
+        return
+    if list(recipe.networks.items()) != [("model", {"model": recipe.model})]:
+        raise UserError("members: expected none with several players or networks")
+    if list(recipe.data.named) != [""]:
+        raise UserError("members: expected none with several named streams of data")
+    name = recipe.strategies["model"]["name"]
+    if name in SHARDED_WEIGHTS:
+        raise UserError(
+            f"strategy: got {name} with members, expected single, ddp, zero1 or zero2: it gathers weights in hooks,"
+            " which vmap cannot see"
+        )
+    if recipe.optimizers["model"]["name"] in WHOLE_TENSORS:
+        raise UserError(
+            f"optimizer: got {recipe.optimizers['model']['name']} with members, expected one that updates each weight"
+            " by itself"
+        )
+    settings = {
+        "compile": bool(recipe.compile),
+        "activation_checkpointing": recipe.activation_checkpointing is not None,
+        "placement": bool(recipe.placement),
+        "weights": recipe.weights is not None,
+        "batch_norm": recipe.batch_norm == "synchronised",
+    }
+    for key, given in settings.items():
+        if given:
+            raise UserError(f"{key}: got {short(getattr(recipe, key))}, expected none with members")
+    for instance, spec in recipe.callback_specs.items():
+        if spec["name"] == "clip_gradients" and "norm" in spec and recipe.members.heads is None:
+            raise UserError(
+                f"callbacks.{instance}.norm: got {short(spec['norm'])} with members, expected value: the norm would be"
+                " that of all members together"
+            )
 
 
 def check_players(recipe: Recipe) -> None:

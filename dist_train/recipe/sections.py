@@ -120,6 +120,22 @@ class GroupSettings(Section):
     l1: float = Field(0.0, ge=0, description="a number, 0 or more")
 
 
+class Members(Section):
+    """Several networks that are trained as one."""
+
+    count: int = Field(ge=2, le=1000, description="a whole number of members, 2 or more")
+    heads: str | None = Field(
+        None, min_length=1, description="the layer that each member has of its own, like 'output'"
+    )
+
+
+def _members(value: Any) -> Any:
+    return {"count": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+MembersSpec = Annotated[Members, BeforeValidator(_members)]
+
+
 class Watch(Section):
     """When a run that stands still is ended."""
 

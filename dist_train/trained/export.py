@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from dist_train.callbacks.scheduled import Scheduled
 from dist_train.data import describe
 from dist_train.errors import UserError, nearest
 from dist_train.networks import Networks
+from dist_train.networks.members import member_state
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory, write_file
 from dist_train.trained import restore
@@ -88,43 +89,64 @@ def export(
     for player, specs in recipe.networks.items():
         whole = averages.get(player) or trainer.full_weights(player)
         for name, spec in specs.items():
-            folder = out / name if len(list(recipe.networks)) > 1 or len(specs) > 1 else out
-            folder.mkdir(parents=True)
+            place = out / name if len(list(recipe.networks)) > 1 or len(specs) > 1 else out
             model = {key: known[key] if value == "auto" else value for key, value in spec.items()}
             # what a checkpoint of torch would hold
-            kept = trainer.engines[player].player.networks[name].state_dict()
-            state = {key: whole[f"{name}.{key}"].contiguous().cpu() for key in kept}
-            network = components.build("model", model, "model")
-            if format == "hf":
-                save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-                network.load_state_dict(load_file(folder / "model.safetensors"))
-                back = network.state_dict()
-                assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
-            else:
-                network.load_state_dict(state)
-                if name not in inputs:
-                    raise UserError(f"{run_dir}: the objective never calls '{name}'")
-                write = {"pt2": _write_pt2, "onnx": _write_onnx}[format]
-                differences[name] = _checked(name, network.eval(), inputs[name], write, folder)
-            config = {
-                "model": model,
-                "recipe": recipe.name,
-                "step": trainer.step,
-                "weights": weights,
-            }
-            write_file(folder / "config.json", json.dumps(config, indent=2).encode())
-            card = CARD.format(
-                name=name,
-                model=spec["name"],
-                recipe=recipe.name,
-                step=trainer.step,
-                weights=weights,
-                usage=USAGE[format],
-            )
-            write_file(folder / "README.md", card.encode())
-            written[name] = str(folder)
+            live = trainer.engines[player].player.networks[name]
+            state = {key: whole[f"{name}.{key}"].contiguous().cpu() for key in live.state_dict()}
+            if format != "hf" and name not in inputs:
+                raise UserError(f"{run_dir}: the objective never calls '{name}'")
+            for label, folder, own, seen in _members(recipe, name, place, live, state, inputs):
+                folder.mkdir(parents=True)
+                network = components.build("model", model, "model")
+                if format == "hf":
+                    save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
+                    network.load_state_dict(load_file(folder / "model.safetensors"))
+                    back = network.state_dict()
+                    assert all(torch.equal(back[key], tensor) for key, tensor in own.items())
+                else:
+                    network.load_state_dict(own)
+                    write = {"pt2": _write_pt2, "onnx": _write_onnx}[format]
+                    differences[label] = _checked(label, network.eval(), seen, write, folder)
+                config = {
+                    "model": model,
+                    "recipe": recipe.name,
+                    "step": trainer.step,
+                    "weights": weights,
+                }
+                write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+                card = CARD.format(
+                    name=label,
+                    model=spec["name"],
+                    recipe=recipe.name,
+                    step=trainer.step,
+                    weights=weights,
+                    usage=USAGE[format],
+                )
+                write_file(folder / "README.md", card.encode())
+                written[label] = str(folder)
     result = {"step": trainer.step, "weights": weights, "format": format, "written": written}
     return result | ({"differences": differences} if differences else {})
+
+
+def _members(
+    recipe: Recipe,
+    name: str,
+    place: Path,
+    network: nn.Module,
+    state: dict[str, Tensor],
+    inputs: Mapping[str, tuple[Tensor, ...]],
+) -> Iterator[tuple[str, Path, dict[str, Tensor], tuple[Tensor, ...]]]:
+    """(label, folder, state, inputs) of a network, or of each of its members as a network of its own."""
+    seen = inputs.get(name, ())
+    if recipe.members is None:
+        yield name, place, state, seen
+        return
+    for number in range(recipe.members.count):
+        label = f"member-{number}"
+        own = {k: t.contiguous() for k, t in member_state(network, state, number).items()}
+        rows = seen if recipe.members.heads else tuple(x[:, number] for x in seen)
+        yield label, place / label, own, rows
 
 
 def _inputs(trainer: Trainer) -> dict[str, tuple[Tensor, ...]]:

@@ -37,7 +37,7 @@ def train_seeds(
     """Train `seeds` runs of a recipe, with its seed and those after it, and judge them together.
 
     Each member is a run of one process, bit for bit the one that `--set seed=S` trains alone, in `RUN_DIR/seed-S`. With
-    ranks (of ours or a launcher's) each takes an equal share of them; they meet when all are trained. The figures are
+    ranks (of ours or a launcher's) each takes its share of them; they meet when all are trained. The figures are
     in `RUN_DIR/ensemble.json`. Give the recipe `data.resample: bootstrap` and each member draws its own training set.
     """
     _check(recipe, seeds)
@@ -79,9 +79,9 @@ def _train_share(
     recipe.importable()
     world = World.join(timeout=PATIENCE, devices=recipe.devices)
     folder = world.agree(folder)  # a launcher's ranks have each made up a name
-    if seeds % world.size:
+    if seeds < world.size:
         raise UserError(
-            f"--seeds: got {seeds}, expected a multiple of the {world.size} ranks, which share them out evenly"
+            f"--seeds: got {seeds}, expected one or more for each of {world.size} ranks"
         )
     silent = {k: v for k, v in recipe.callback_specs.items() if v["name"] != "console"}
     recipe = recipe.set("callbacks", silent)
