@@ -107,6 +107,15 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "standardise": "dist_train.data_shards.transforms:Standardise",
         "tokenise": "dist_train.data_shards.transforms:Tokenise",
     },
+    "search": {
+        "grid": "dist_train.search.grid:Grid",
+        "random": "dist_train.search.random_search:RandomSearch",
+        "coordinate_descent": "dist_train.search.coordinate_descent:CoordinateDescent",
+        "bayesian": "dist_train.search.bayesian:Bayesian",
+        "coarse_to_fine": "dist_train.search.coarse_to_fine:CoarseToFine",
+        "asha": "dist_train.search.asha:AsynchronousSuccessiveHalving",
+        "population": "dist_train.search.population:PopulationBasedTraining",
+    },
     "source": {
         "austen": "dist_train.data_shards.sources.named.austen:austen",
         "ddtp-en-de": "dist_train.data_shards.sources.named.ddtp:ddtp_en_de",

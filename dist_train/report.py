@@ -112,20 +112,27 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
 
 def render(runs: Sequence[RunRecord]) -> str:
     """The report as HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = (
-        importlib.resources.files("dist_train").joinpath("report.html.jinja").read_text("utf-8")
-    )
-    page = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return page.from_string(template).render(
+    return page(
+        "dist_train",
+        "report.html.jinja",
         title=runs[0].recipe.get("name", runs[0].name) if len(runs) == 1 else f"{len(runs)} runs",
         runs=[_described(run) for run in runs],
         figures=_figures(runs),
         charts=_charts(runs),
     )
+
+
+def page(package: str, template: str, **values: Any) -> str:
+    """A template of a package as HTML, in the style of all reports; values are text, not markup."""
+    from jinja2 import Environment, StrictUndefined
+
+    files = importlib.resources.files
+    made = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = files(package).joinpath(template).read_text("utf-8")
+    style = files("dist_train").joinpath("report.css").read_text("utf-8")
+    return made.from_string(text).render(style=style, **values)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train import assembly, checkpoint, heartbeat, starting_weights
 from dist_train.data import data_folders
+from dist_train.duration import Duration
 from dist_train.errors import CheckpointError, Interrupted, UserError
 from dist_train.forecast import auto
 from dist_train.ranks import RankFailed, start_ranks
@@ -41,7 +42,7 @@ def train(
     ranks: int | None = None,
     max_restarts: int = 0,
     quick: bool = False,
-    until: int | None = None,
+    until: int | str | None = None,
     overfit: int | None = None,
     micro_order: str = "forward",
     model: nn.Module | Mapping[str, nn.Module] | None = None,
@@ -55,7 +56,7 @@ def train(
         ranks: start so many ranks on this machine; by default this process takes part as its launcher says.
         max_restarts: start failed `ranks` again from the last checkpoint, so often in a row without a newer one.
         quick: two steps, with a save and a resume between them, and an evaluation.
-        until: end after this step as if it were the last; a resume can go on from there.
+        until: end after this step, or this long ("2 epochs"), as if it were the last; a resume can go on from there.
         overfit: train on the first so many batches again and again.
         micro_order: "reversed" sums a step's micro-batches from the last to the first, which measures the noise floor
             of floating-point summation and changes nothing else.
@@ -72,6 +73,8 @@ def train(
         run_dir = resume
     if resume is not None and run_dir is None:
         raise UserError("--resume auto: needs --run-dir, the directory to look in")
+    if isinstance(until, str):
+        Duration.parse(until)
     options = Options(
         None if run_dir is None else str(run_dir),
         None if resume is None else str(resume),
@@ -104,7 +107,7 @@ class Options:
 
     run_dir: str | None
     resume: str | None
-    until: int | None
+    until: int | str | None
     quick: bool
     overfit: int | None
     micro_order: str
@@ -179,7 +182,7 @@ def _train_here(recipe: Recipe, options: Options, model: Any = None) -> dict[str
         )
         try:
             with trainer.interruption.heeded():
-                _go(trainer, options.until, resume)
+                _go(trainer, _step(trainer, options.until), resume)
         except Interrupted:
             raise
         except BaseException as error:
@@ -196,6 +199,18 @@ def _collective_timeout(recipe: Recipe) -> timedelta:
     if "DIST_TRAIN_TIMEOUT" in os.environ:
         return COLLECTIVE_TIMEOUT
     return timedelta(seconds=2 * recipe.watch.hang_after)
+
+
+def _step(trainer: Trainer, until: int | str | None) -> int | None:
+    """`until` in steps of this run."""
+    if not isinstance(until, str):
+        return until
+    return Duration.parse(until).steps(
+        samples=trainer.samples_per_epoch,
+        global_batch=trainer.global_batch,
+        tokens=trainer.tokens_per_epoch,
+        turns=lambda player, step: sum(t.player == player for t in trainer.objective.turns(step)),
+    )
 
 
 def _go(trainer: Trainer, until: int | None, resume: str | None) -> None:

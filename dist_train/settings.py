@@ -170,7 +170,7 @@ def root_of(file: Path) -> Path | None:
     """The project root of a recipe file; None, the current folder, for the recipes that come with dist-train."""
     if file.parent == RECIPES:
         return None
-    if file.name == "recipe.yaml":  # a run directory, which may lie far from its project
+    if file.name in ("recipe.yaml", "best.yaml"):  # of a run or a sweep, far from its project
         folder = file.parent
         for noted in ("environment.json", "launch.json", "../launch.json"):  # of an array's member
             if (folder / noted).is_file():

@@ -33,6 +33,7 @@ class Job:
     Attributes:
         name: the recipe's. run_dir: absolute. project_root: where the recipe's project lies.
         code: the snapshot that the ranks import, None before there is one. id: the backend's own name for the job.
+        until: where the run is to pause, as a duration; None for its end.
     """
 
     spec: Spec
@@ -44,6 +45,7 @@ class Job:
     id: str = ""
     submitted: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    until: str | None = None
 
     @property
     def log(self) -> Path:
@@ -70,6 +72,7 @@ class Job:
         return [
             *(self.python, "-m", "dist_train", "train", path),
             *("--run-dir", path, "--resume", "auto"),
+            *(("--until", self.until) if self.until else ()),
         ]
 
     def environ(self) -> dict[str, str]:

@@ -10,7 +10,11 @@ import typer
 from dist_train.errors import UserError, nearest
 from dist_train.launch.output import Json, answer
 
-BY_THE_CALLER = {"metric": ("outputs", "micro"), "schedule": ("step", "total", "warmup", "cuts")}
+BY_THE_CALLER = {
+    "metric": ("outputs", "micro"),
+    "schedule": ("step", "total", "warmup", "cuts"),
+    "search": ("space", "seed"),
+}
 
 
 def register(app: typer.Typer) -> None:

@@ -31,6 +31,7 @@ from dist_train.launch import (
     verify,
 )
 from dist_train.launch.output import fail
+from dist_train.launch.sweep import command as sweep
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -64,6 +65,7 @@ demo_command.register(app)
 shards.register(app)
 train.register(app)
 launch.register(app)
+sweep.register(app)
 trained.register(app)
 checkpoints.register(app)
 diagnose.register(app)

