@@ -44,6 +44,7 @@ bench: peers
 	$(BIN)/python benchmarks/watch.py
 	$(BIN)/python benchmarks/traffic.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/sweep.py cost
 
 parity: install
 	$(BIN)/python tests/parity_table.py

@@ -24,6 +24,7 @@ from typing import Any
 
 from dist_train.errors import UserError
 from dist_train.launch.backend import Backend, Job, Status, travelling
+from dist_train.launch.spec import Spec
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.run_directory import SECRET_NAME
 
@@ -42,13 +43,7 @@ class Ray(Backend):
     takes = frozenset({"nodes", "gpus_per_node", "ranks_per_node", "cpus_per_rank"})
 
     def check(self, job: Job, dry_run: bool) -> None:
-        if importlib.util.find_spec("ray") is None:
-            raise UserError("--on ray: needs Ray: pip install 'dist-train[ray]'")
-        if " " in sys.executable:  # Ray hands its workers' command to a shell unquoted
-            raise UserError(
-                f"--on ray: Ray cannot start workers from a path with a space ({sys.executable});"
-                " install into another folder"
-            )
+        check_python()
         check_token(os.environ)
         if not dry_run:
             check_cluster(address(os.environ))
@@ -58,12 +53,9 @@ class Ray(Backend):
 
     def submit(self, job: Job) -> str:
         (job.run_dir / CANCEL).unlink(missing_ok=True)
-        # Ray shows a job's variables to whoever can see its dashboard: what is secret is set where the cluster starts
-        names = [name for name in travelling(job.spec.env) if not SECRET_NAME.search(name)]
-        variables = {name: os.environ[name] for name in names if name not in ("PATH", "HOME")}
         return _client().submit_job(
             entrypoint=shlex.join(_driver(job)),
-            runtime_env={"env_vars": variables | job.environ()},
+            runtime_env={"env_vars": exported(job)},
             metadata={"name": job.name},
         )
 
@@ -84,6 +76,14 @@ class Ray(Backend):
         (job.run_dir / CANCEL).touch()
 
 
+def exported(job: Job) -> dict[str, str]:
+    """The variables that travel to the cluster. Ray shows them to whoever can see its dashboard: what is secret is set
+    where the cluster starts."""
+    names = [name for name in travelling(job.spec.env) if not SECRET_NAME.search(name)]
+    variables = {name: os.environ[name] for name in names if name not in ("PATH", "HOME")}
+    return variables | job.environ()
+
+
 def _driver(job: Job) -> list[str]:
     return [job.python, "-m", "dist_train.launch.ray", str(job.run_dir)]
 
@@ -95,6 +95,17 @@ def _driver(job: Job) -> list[str]:
 def address(environ: Mapping[str, str]) -> str:
     """Where the Jobs API is, as `ray job submit` finds it."""
     return environ.get("RAY_API_SERVER_ADDRESS", DASHBOARD)
+
+
+def check_python() -> None:
+    """Raise UserError where Ray is not installed, or cannot start workers."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("--on ray: needs Ray: pip install 'dist-train[ray]'")
+    if " " in sys.executable:  # Ray hands its workers' command to a shell unquoted
+        raise UserError(
+            f"--on ray: Ray cannot start workers from a path with a space ({sys.executable});"
+            " install into another folder"
+        )
 
 
 def check_token(environ: Mapping[str, str]) -> None:
@@ -195,30 +206,40 @@ def drive(job: Job, say: Callable[[str], None]) -> int:
     import ray
 
     ray.init(address="auto", log_to_driver=False)
+    return see_through(job, say)[0]
+
+
+def see_through(job: Job, say: Callable[[str], None], group: Any = None) -> tuple[int, str]:
+    """Train to the end, in a given placement group or one of its own; the exit code of the run, and what ended it."""
     begin_to_count(job.run_dir)
     while True:
-        code, reason = _attempt(job, say)
+        code, reason = _attempt(job, say, group)
         if code in (0, MISTAKE):
-            return code
+            return code, reason
         if _cancelled(job):
-            return REQUEUE
+            return REQUEUE, reason
         if not may_restart(job.run_dir, job.spec.max_restarts):
             say(f"giving up: {reason}, and no start brought a newer checkpoint")
-            return 1
+            return 1, reason
         say(f"starting again after: {reason}")
 
 
-def _attempt(job: Job, say: Callable[[str], None]) -> tuple[int, str]:
+def bundles(spec: Spec) -> list[dict[str, float]]:
+    """What a run takes of each of its nodes."""
+    bundle: dict[str, float] = {"CPU": (spec.cpus_per_rank or 1) * spec.local_ranks}
+    if spec.gpus_per_node:
+        bundle["GPU"] = spec.gpus_per_node
+    return [bundle] * spec.nodes
+
+
+def _attempt(job: Job, say: Callable[[str], None], given: Any = None) -> tuple[int, str]:
     """Start the ranks once and wait for them; the exit code, and what ended them."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     spec = job.spec
     cpus = spec.cpus_per_rank or 1
-    bundle = {"CPU": cpus * spec.local_ranks} | (
-        {"GPU": spec.gpus_per_node} if spec.gpus_per_node else {}
-    )
-    group = placement_group([bundle] * spec.nodes, strategy="STRICT_SPREAD")
+    group = given or placement_group(bundles(spec), strategy="STRICT_SPREAD")
     ranks: list[Any] = []
     try:
         if not _granted(job, group, say):
@@ -247,7 +268,8 @@ def _attempt(job: Job, say: Callable[[str], None]) -> tuple[int, str]:
         return LOST, f"a rank was lost before it began ({type(error).__name__})"
     finally:
         _end(ranks)
-        remove_placement_group(group)
+        if given is None:
+            remove_placement_group(group)
 
 
 def _granted(job: Job, group: Any, say: Callable[[str], None]) -> bool:

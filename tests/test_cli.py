@@ -20,6 +20,7 @@ COMMANDS = [
     "status",
     "logs",
     "cancel",
+    "sweep",
     "evaluate",
     "predict",
     "generate",

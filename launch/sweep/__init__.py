@@ -151,6 +151,13 @@ def _check(plan: Plan, spec: Spec) -> None:
 
     for corner in plan.corners():
         check_recipe(corner, spec, dry_run=False)
+    if spec.on == "ray":
+        from dist_train.launch.ray import check_python, check_token
+
+        check_python()
+        check_token(os.environ)
+        os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if spec.on != "local":
         check_room([plan.recipe], spec, Path.cwd())
 
@@ -173,9 +180,19 @@ def _begin(plan: Plan, path: Path) -> None:
 
 def _conduct(going: Sweep, spec: Spec, at_once: int, progress: Progress) -> None:
     from dist_train.launch.sweep.conduct import conduct
-    from dist_train.launch.sweep.local import Local
 
-    conduct(going, Local(spec.ranks, at_once), at_once, progress)
+    if spec.on == "ray":
+        from dist_train.launch.sweep import tune
+
+        tune.conduct(going, spec, at_once, progress)
+    elif spec.on == "slurm":
+        from dist_train.launch.sweep.slurm import Slurm
+
+        conduct(going, Slurm(going.plan, spec, going.path), at_once, progress)
+    else:
+        from dist_train.launch.sweep.local import Local
+
+        conduct(going, Local(spec.ranks, at_once), at_once, progress)
 
 
 def _summary(going: Sweep) -> dict[str, Any]:
