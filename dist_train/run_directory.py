@@ -38,6 +38,7 @@ VARIABLES = re.compile(
     r"|(OMP|MKL|NCCL|GLOO|TORCH|PYTORCH|ACCELERATE|DIST_TRAIN)_\w+)"
 )
 """The environment variables worth remembering. Everything else stays out of environment.json."""
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 MAX_DIFF_BYTES = 256 * 1024
 
 
@@ -123,8 +124,11 @@ class RunDirectory:
             self._rows = os.open(self.metrics, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             content = self.metrics.read_bytes()
             os.ftruncate(self._rows, content.rfind(b"\n") + 1)
-        line = json.dumps(_finite(row), allow_nan=False, separators=(",", ":")) + "\n"
-        os.write(self._rows, line.encode())
+        try:
+            line = _ENCODER.encode(row)
+        except ValueError:  # rare, and to look for it takes as long as to write
+            line = _ENCODER.encode(_finite(row))
+        os.write(self._rows, f"{line}\n".encode())
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line that a kill tore is ignored."""

@@ -43,11 +43,16 @@ def build(
         )
     clock = ("step", "total", "warmup", "cuts")
     factor = check("schedule", {"name": name, **given}, where, provided=clock)
-    taken = [name for name in arguments(factor) if name in clock]
+    taken = arguments(factor)
+    ends = {"total": total_steps, "warmup": warmup_steps}
+    fixed = given | {name: value for name, value in ends.items() if name in taken}
+    by_step, by_cuts = "step" in taken, "cuts" in taken
 
     def value(step: int, cuts: int = 0) -> float:
-        now = {"step": step, "total": total_steps, "warmup": warmup_steps, "cuts": cuts}
-        return ramp(step, warmup_steps) * factor(**{name: now[name] for name in taken}, **given)
+        now = {"step": step} if by_step else {}
+        if by_cuts:
+            now["cuts"] = cuts
+        return ramp(step, warmup_steps) * factor(**now, **fixed)
 
     try:
         value(0)  # what is out of range is refused here, not in the middle of a run

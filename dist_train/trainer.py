@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_train import checkpoint, randomness, unfinished
-from dist_train.callbacks import Callbacks
+from dist_train.callbacks import Callbacks, Hook
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.duration import Every
 from dist_train.engine import Engine, Slice
@@ -27,6 +27,10 @@ from dist_train.world import World
 if TYPE_CHECKING:
     from dist_train.recipe import Recipe
     from dist_train.run_directory import RunDirectory
+
+
+HOOKS = ("step_begins", "gradients_ready", "turn_ends", "step_ends")
+"""Those of every step: which callbacks have them is looked up when `train` begins."""
 
 
 class Trainer:
@@ -100,6 +104,7 @@ class Trainer:
         self._finish_step()
         if self.stopping:
             return
+        step_begins, gradients_ready, turn_ends, step_ends = map(self.callbacks.of, HOOKS)
         for step, batch in self._fetch():
             self.heartbeat.enter("callbacks")
             self.batch, self.turns, self._losses = batch, [], {}
@@ -107,7 +112,8 @@ class Trainer:
                 self.meter.mark()
             for micro in batch:
                 self.memory.lend(micro)
-            self.callbacks.call("step_begins", self)
+            for hook in step_begins.values():
+                hook(self)
             for turn in self.objective.turns(step):
                 self.turns.append(turn)
                 engine, total = self.engines[turn.player], self._batch_weight(batch)
@@ -129,22 +135,24 @@ class Trainer:
                 engine.reduce()
                 self.heartbeat.enter("step")
                 faultpoint("reduce")
-                self.callbacks.call("gradients_ready", self, turn)
+                for hook in gradients_ready.values():
+                    hook(self, turn)
                 engine.step()
                 faultpoint("step")
-                self.callbacks.call("turn_ends", self, turn)
+                for hook in turn_ends.values():
+                    hook(self, turn)
             self.step += 1
-            self._end_step()
+            self._end_step(step_ends)
             if self.stopping:
                 break
 
-    def _end_step(self, first: str | None = None) -> None:
+    def _end_step(self, step_ends: Mapping[str, Hook], first: str | None = None) -> None:
         """Call `step_ends` of all callbacks, or of those from `first` on."""
         self.heartbeat.enter("callbacks")
-        for name, callback in self.callbacks.by_name.items():
+        for name, hook in step_ends.items():
             if first in (None, name):
                 first, self._ending = None, name
-                callback.step_ends(self)
+                hook(self)
         self._ending = ""
 
     def _finish_step(self) -> None:
@@ -158,7 +166,7 @@ class Trainer:
         losses = unfinished.restore(self, self.cut_short)
         self._losses = {player: [(loss, 1.0)] for player, loss in losses.items()}
         first, self.cut_short = self.cut_short["callback"], None
-        self._end_step(first)
+        self._end_step(self.callbacks.of("step_ends"), first)
 
     def _fetch(self) -> Iterator[tuple[int, list[MicroBatch]]]:
         batches = iter(self.data.from_(self.step, self.until))

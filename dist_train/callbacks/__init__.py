@@ -25,7 +25,7 @@ interruption a step that was cut short begins again, and a `step_ends` that aske
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dist_train.errors import nearest
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from dist_train.objectives import Turn
     from dist_train.recipe import Recipe
     from dist_train.trainer import Trainer
+
+
+Hook = Callable[..., None]
 
 
 class Callback:
@@ -105,7 +108,17 @@ class Callbacks:
     def __iter__(self) -> Iterator[Callback]:
         return iter(self.by_name.values())
 
+    def of(self, hook: str) -> dict[str, Hook]:
+        """That hook of each callback that has it, by instance name."""
+        empty = getattr(Callback, hook)
+        methods = {name: getattr(callback, hook) for name, callback in self.by_name.items()}
+        return {
+            name: method
+            for name, method in methods.items()
+            if getattr(method, "__func__", None) is not empty
+        }
+
     def call(self, hook: str, *arguments: Any) -> None:
         """Call one hook of every callback."""
-        for callback in self.by_name.values():
-            getattr(callback, hook)(*arguments)
+        for method in self.of(hook).values():
+            method(*arguments)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dist_train.trainer import Trainer
 
 EVALUATE = "evaluate/"
+Line = list[str | tuple[str, str]]
+"""Pieces of text, with a style where they have one."""
 
 
 class Console(Callback):
@@ -37,12 +39,13 @@ class Console(Callback):
         if not run.world.is_main:
             return
         self._screen = Screen(stderr=True, highlight=False, soft_wrap=True)
+        self._draws = self._screen.is_terminal
         self._notes = _Notes(self._screen)
         logging.getLogger("dist_train").addHandler(self._notes)
         for line in summary(run):
             self._screen.print(line)
         self._began, self._first, self._last = time.monotonic(), run.step, run.step
-        if self._screen.is_terminal:
+        if self._draws:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None),
@@ -88,12 +91,13 @@ class Console(Callback):
             what = f"failed in step {run.step:,}: {type(error).__name__}"
             screen.print(Text.assemble((what, "bold red"), f"  {run.directory.path}"))
 
-    def _say(self, line: Text) -> None:
+    def _say(self, line: Line) -> None:
         assert self._screen is not None
-        if self._screen.is_terminal:
-            self._screen.print(line)
-        else:  # nothing to draw: laying it out would cost more than the rest of the step
-            self._screen.file.write(f"{line.plain}\n")
+        if self._draws:
+            self._screen.print(Text.assemble(*line))
+        else:  # styles and layout would cost more than the rest of the row
+            text = "".join(part if isinstance(part, str) else part[0] for part in line)
+            self._screen.file.write(f"{text}\n")
             self._screen.file.flush()
 
     def _close(self) -> Screen:
@@ -148,9 +152,9 @@ def summary(run: Trainer) -> list[Text]:
     return [head, *(Text.assemble((f"  {n:<{width}}  ", "dim"), value) for n, value in facts)]
 
 
-def progress_line(row: dict[str, Any], total: int, players: list[str], seconds_left: float) -> Text:
+def progress_line(row: dict[str, Any], total: int, players: list[str], seconds_left: float) -> Line:
     """`step 20/390  epoch 1.03  loss 0.512  lr 0.1  norm 1.8  5,120 samples/s ...`, one line a row."""
-    parts: list[Any] = [("step ", "dim"), f"{row['step']:,}/{total:,}"]
+    parts: Line = [("step ", "dim"), f"{row['step']:,}/{total:,}"]
     parts += [("  epoch ", "dim"), f"{row['epoch']:.2f}"]
     for player in players:
         prefix = f"{player}/" if len(players) > 1 else ""
@@ -169,17 +173,17 @@ def progress_line(row: dict[str, Any], total: int, players: list[str], seconds_l
         parts += [("  mfu ", "dim"), f"{row['mfu']:.1%}"]
     parts += [("  wait ", "dim"), f"{row['data_wait']:.0%}", f"  {row['memory_mb']:,.0f}"]
     parts += [(" MB  eta ", "dim"), clock(seconds_left)]
-    return Text.assemble(*parts)
+    return parts
 
 
-def evaluation_line(row: dict[str, Any], best: bool) -> Text:
+def evaluation_line(row: dict[str, Any], best: bool) -> Line:
     """The results of an evaluation, in colour; `best` so far or not."""
     results = {
         name.removeprefix(EVALUATE): v for name, v in row.items() if name.startswith(EVALUATE)
     }
     figures = "  ".join(f"{name} {number(value)}" for name, value in results.items())
-    line = Text(f"evaluation at step {row['step']:,}  {figures}", style="bold cyan")
-    return line.append("  best so far", style="green") if best else line
+    line: Line = [(f"evaluation at step {row['step']:,}  {figures}", "bold cyan")]
+    return [*line, ("  best so far", "green")] if best else line
 
 
 def number(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_train.callbacks import Callback
+from dist_train.duration import Every
 
 if TYPE_CHECKING:
     from dist_train.objectives import Turn
@@ -26,7 +27,7 @@ class Journal(Callback):
     priority = 80
 
     def __init__(self, every: str) -> None:
-        self.every = every
+        self.every = Every.parse(every)
         self.warned = False
 
     def run_begins(self, run: Trainer) -> None:

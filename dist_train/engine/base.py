@@ -231,7 +231,7 @@ class Engine(ABC):
     def set_optimizer_steps(self, steps: float) -> None:
         for state in self._states():
             if "step" in state:
-                state["step"] = torch.full_like(state["step"], steps)
+                state["step"].fill_(steps)
 
     # -- how it is done ----------------------------------------------------------------------------------------------
 
@@ -272,6 +272,13 @@ def added(
         return list(gradients)
     pairs = zip(total, gradients, strict=True)
     return [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
+
+
+def backward(loss: Tensor, seed: Tensor) -> None:
+    """`loss.backward(seed)`, without what torch.autograd looks at first, for which a small network does not wait."""
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 @torch.no_grad()

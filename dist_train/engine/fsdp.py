@@ -23,7 +23,7 @@ from dist_train.engine.base import (
     materialise,
 )
 from dist_train.engine.norm import global_norm
-from dist_train.engine.update import divides_by_scale, divisor_of, step
+from dist_train.engine.update import Update
 from dist_train.engine.views import plain_name
 from dist_train.errors import UserError
 from dist_train.networks import Player
@@ -72,7 +72,7 @@ class FsdpEngine(Engine):
         }
         self.optimizer: Any = make(self._local_groups(groups(list(self.trained.items()))))
         materialise(self.optimizer)
-        self._divides_by_scale = divides_by_scale(self.optimizer, self._shards.values())
+        self._update_by = Update(self.optimizer)
         self.weights = list(self._slices({n: s.detach() for n, s in self._shards.items()}))
         self.optimizer_state = self._slices_of_state()
         self._sum: list[Tensor | None] | None = None
@@ -257,8 +257,8 @@ class FsdpEngine(Engine):
                 return False
         self.norm = norm
         scale = self.loss_scale.value if self.loss_scale else None
-        divisor = divisor_of(norm, scale, self._clip_norm)
-        step(self.optimizer, gradients, divisor, self._clip_value, fused=self._divides_by_scale)
+        divisor = self._update_by.divisor_of(norm, scale, self._clip_norm)
+        self._update_by(gradients, divisor, self._clip_value)
         for shard in self._shards.values():
             shard.grad = None
         self._release()

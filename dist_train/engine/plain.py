@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.engine.base import Engine, OptimizerMaker, Slice, constant_like, materialise
+from dist_train.engine.base import (
+    Engine,
+    OptimizerMaker,
+    Slice,
+    backward,
+    constant_like,
+    materialise,
+)
 from dist_train.engine.buckets import Buckets
 from dist_train.engine.norm import global_norm
-from dist_train.engine.update import divides_by_scale, divisor_of, step
+from dist_train.engine.update import Update
 from dist_train.networks import Player
 from dist_train.world import World
 
@@ -28,13 +35,14 @@ class PlainEngine(Engine):
             world.broadcast_(tensor.data)
         self.optimizer: Any = make(groups(list(self.trained.items())))
         materialise(self.optimizer)
+        self._update_by = Update(self.optimizer)
+        self._parameters = list(self.trained.values())
         self.weights = [
             Slice(name, tuple(p.shape), 0, p.detach().view(-1), replicated=True)
             for name, p in self.trained.items()
         ]
         self.optimizer_state = _slices_of_state(self.trained, self.optimizer.state)
-        self._buckets = Buckets(list(self.trained.values()), world) if world.size > 1 else None
-        self._divides_by_scale = divides_by_scale(self.optimizer, self.trained.values())
+        self._buckets = Buckets(self._parameters, world) if world.size > 1 else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -45,13 +53,13 @@ class PlainEngine(Engine):
         if self._buckets:
             self._buckets.clear()
         else:
-            for parameter in self.trained.values():
+            for parameter in self._parameters:
                 parameter.grad = None
 
     def reduce(self) -> None:
         if self._buckets:
             self._buckets.finish()
-        for parameter in self.trained.values():
+        for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -67,10 +75,10 @@ class PlainEngine(Engine):
     def _stream(self, loss: Tensor, share: float | Tensor, last: bool) -> None:
         if self._buckets:
             self._buckets.launch_when_ready = last
-        loss.backward(constant_like(loss, share))
+        backward(loss, constant_like(loss, share))
 
     def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
-        for parameter, gradient in zip(self.trained.values(), gradients, strict=True):
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is None:
                 continue
             if parameter.grad is None:
@@ -79,7 +87,7 @@ class PlainEngine(Engine):
                 parameter.grad.add_(gradient)
 
     def _update(self) -> bool:
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = global_norm(self._buckets.flat if self._buckets else gradients, self.world.device)
         if self.loss_scale:
             norm = norm / self.loss_scale.value
@@ -87,8 +95,8 @@ class PlainEngine(Engine):
                 return False
         self.norm = norm
         scale = self.loss_scale.value if self.loss_scale else None
-        divisor = divisor_of(norm, scale, self._clip_norm)
-        step(self.optimizer, gradients, divisor, self._clip_value, fused=self._divides_by_scale)
+        divisor = self._update_by.divisor_of(norm, scale, self._clip_norm)
+        self._update_by(gradients, divisor, self._clip_value)
         return True
 
     def _states(self) -> Iterator[dict[str, Any]]:

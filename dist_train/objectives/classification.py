@@ -55,7 +55,8 @@ class Classification(Objective):
             one, members = self._cross_entropy(logits, label)
             two, _ = self._cross_entropy(logits, label[other])
             loss = share * one + (1 - share) * two
-        return loss, {"loss": loss.detach() / members}
+        mean = loss.detach() if members == 1 else loss.detach() / members
+        return loss, {"loss": mean}
 
     def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         probability = networks.model(micro[self.inputs]).softmax(dim=-1)
@@ -88,7 +89,7 @@ class Classification(Objective):
             label = label if label.ndim == 2 else label[:, None].expand(-1, members)
             logits, label = logits.flatten(0, 1), label.flatten()
         loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
-        return members * loss, members
+        return loss if members == 1 else members * loss, members
 
     def _mixed(self, x: Tensor, other: Tensor) -> tuple[Tensor, float]:
         """The mixed images, and the share of each that is its own. The draws are the CPU's: no rank has to wait."""
