@@ -20,7 +20,10 @@ from dist_train.trained.seeds import train_seeds
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "images" / "course-ensembles.png"
-BEGIN, END = "<!-- ensembles: benchmarks/ensembles.py writes this table -->", "<!-- end -->"
+BEGIN, END = (
+    "<!-- ensembles: benchmarks/ensembles.py writes this table -->",
+    "<!-- end of ensembles -->",
+)
 COLUMNS = (
     *("members", "combined by", "error, %", "NLL", "Brier", "ECE, %"),
     *("a member's error, NLL", "best member's error, NLL", "disagreement, %", "seconds"),
@@ -39,8 +42,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
         "callbacks.snapshot_ensemble={cycles: 5}",
     ),
     "averages": (
-        "callbacks.learning_rate_decay.schedule={name: swa, start: 3 epochs, end: 0.25}",
-        "callbacks.swa={start: 3 epochs, cycle: 0.5 epochs}",
+        "callbacks.learning_rate_decay.schedule={name: swa, start: 2 epochs, end: 0.25}",
+        "callbacks.swa={start: 2 epochs, cycle: 0.5 epochs}",
         "callbacks.ema={decay: 0.999}",
     ),
 }

@@ -31,7 +31,7 @@ from dist_train.trained.predict import predict
 from dist_train.trained.seeds import train_seeds
 from dist_train.world import World, pin_threads
 
-STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
+STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -719,6 +719,7 @@ def test_members_of_a_regression(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"strategy": "zero3"}, r"strategy: got zero3 with members, expected single, ddp, zero1"),
+        ({"strategy": "fsdp2"}, r"strategy: got fsdp2 with members, expected single, ddp, zero1"),
         ({"optimizer.name": "muon"}, r"optimizer: got muon with members"),
         ({"compile": True}, r"compile: got True, expected none with members"),
         ({"callbacks.clip_gradients": {"norm": 1.0}}, r"clip_gradients.norm: got 1.0 with members"),

@@ -28,15 +28,18 @@ class CheckpointCallback(Callback):
             raise UserError(f"checkpoint: keep must be at least 1, got {keep}")
         self.every, self.keep = every, keep
 
+    def run_begins(self, run: Trainer) -> None:
+        self.keepers = [one for one in run.callbacks if type(one).kept is not Callback.kept]
+
     def step_ends(self, run: Trainer) -> None:
-        kept = {step for callback in run.callbacks for step in callback.kept()}
-        kept |= {run.best["step"]} if run.best else set()
+        kept: set[int | None] = {step for callback in self.keepers for step in callback.kept()}
+        kept.add(run.best.get("step"))
         if run.every(self.every) or run.is_last or run.step in kept:
             run.save()
             if run.world.is_main:
                 self._prune(run, kept)
 
-    def _prune(self, run: Trainer, kept: set[int]) -> None:
+    def _prune(self, run: Trainer, kept: set[int | None]) -> None:
         folder = run.directory.checkpoints
         old = checkpoint.steps(folder)[: -self.keep]
         for step in old:

@@ -57,8 +57,10 @@ class SnapshotEnsemble(Callback):
                 f"callbacks.snapshot_ensemble.cycles: got {self.cycles}, but the run has {run.total_steps} steps"
             )
 
+        self.ends = set(schedules.cycle_ends(run.total_steps, self.cycles))
+
     def step_ends(self, run: Trainer) -> None:
-        if run.step not in schedules.cycle_ends(run.total_steps, self.cycles):
+        if run.step not in self.ends:
             return
         if run.step not in self.members:  # else an interruption has cut the evaluation short
             self.members.append(run.step)
