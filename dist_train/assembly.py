@@ -96,6 +96,8 @@ def build(
             given=player in objective.given,
             micro_batches=micro_batches,
         )
+    for engine in engines.values():
+        engine.checks_order = any(e.views.by_layer for e in engines.values())
     steps = Duration.parse(recipe.duration).steps(
         samples=data.samples,
         global_batch=recipe.data.global_batch,

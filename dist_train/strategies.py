@@ -58,7 +58,7 @@ def check_strategy(strategy: Any, where: str) -> None:
     if name.startswith("zero"):
         known += ["offload", "deepspeed"]
     if name == "zero3":
-        known += ["persistence_threshold"]
+        known += ["persistence_threshold", "view_elements"]
     if name == "fsdp2":
         known += ["offload", "shard_degree", "reshard_after_forward"]
     for key in strategy:
@@ -66,11 +66,12 @@ def check_strategy(strategy: Any, where: str) -> None:
             raise UserError(
                 f"{where}.{key}: unknown key, {name} takes {', '.join(known)}{nearest(key, known)}"
             )
-    threshold = strategy.get("persistence_threshold", 0)
-    if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 0:
-        raise UserError(
-            f"{where}.persistence_threshold: got {short(threshold)}, expected a whole number of elements, 0 or more"
-        )
+    for key in ("persistence_threshold", "view_elements"):
+        count = strategy.get(key, 0)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise UserError(
+                f"{where}.{key}: got {short(count)}, expected a whole number of elements, 0 or more"
+            )
     degree = strategy.get("shard_degree", 1)
     if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
         raise UserError(

@@ -124,7 +124,8 @@ class Trainer:
                     self.heartbeat.enter("forward")
                     randomness.reseed(self.seed, step, turn.index, micro.index)
                     seen = self.seen_by(turn)
-                    loss, logged = self.objective.loss(turn, seen, micro, self.scalars)
+                    with engine.loss_context():
+                        loss, logged = self.objective.loss(turn, seen, micro, self.scalars)
                     self.memory.check(micro)
                     self.heartbeat.enter("backward")
                     share = self.objective.weight(micro) / total

@@ -134,6 +134,37 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_to_slices(self, tensor: Any) -> Any:
+        """Add a 1-D tensor up over all ranks, of as many equal slices as there are ranks: this rank's slice of it."""
+        if self.size == 1:
+            return tensor
+        import torch.distributed as dist
+
+        mine = tensor.new_empty(tensor.numel() // self.size)
+        dist.reduce_scatter_tensor(mine, tensor)
+        return mine
+
+    def join_slices(self, mine: Any) -> Any:
+        """Every rank's 1-D tensor, all as long, one after the other in a new one."""
+        joined = mine.new_empty(mine.numel() * self.size)
+        if self.size == 1:
+            return joined.copy_(mine)
+        import torch.distributed as dist
+
+        dist.all_gather_into_tensor(joined, mine)
+        return joined
+
+    def largest(self, number: int) -> int:
+        """The largest of every rank's whole number, on every rank."""
+        if self.size == 1:
+            return number
+        import torch
+        import torch.distributed as dist
+
+        every = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(every, op=dist.ReduceOp.MAX)
+        return int(every)
+
     def broadcast_(self, tensor: Any, source: int = 0) -> Any:
         """Overwrite `tensor` with that of rank `source`, in place; returns it."""
         if self.size > 1:

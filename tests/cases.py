@@ -139,8 +139,9 @@ def tiny_recipe(model: str, data: Path | str, *, micro_batches: int = 4, **setti
 
 
 def strategy(name: str) -> dict[str, Any]:
-    """A strategy that really shards tiny tensors."""
-    return {"name": name, "persistence_threshold": 0} if name == "zero3" else {"name": name}
+    """A strategy that really shards tiny tensors, and whose views gather them layer by layer."""
+    tiny = {"persistence_threshold": 0, "view_elements": 0} if name == "zero3" else {}
+    return {"name": name, **tiny}
 
 
 def trainer_of(

@@ -42,12 +42,19 @@ SPECS: dict[str, dict[str, Any]] = {
     "fsdp2": {"name": "fsdp2"},
     "fsdp2-kept": {"name": "fsdp2", "reshard_after_forward": False},
     "fsdp2-hybrid": {"name": "fsdp2", "shard_degree": 2},
+    "zero3-layers": {"name": "zero3", "persistence_threshold": 12, "view_elements": 0},
     "zero1-offload": {"name": "zero1", "offload": "optimizer"},
     "zero2-offload": {"name": "zero2", "offload": "optimizer"},
     "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
-    "zero3-all": {"name": "zero3", "offload": "all", "persistence_threshold": 0},
+    "zero3-all": {
+        "name": "zero3",
+        "offload": "all",
+        "persistence_threshold": 0,
+        "view_elements": 0,
+    },
 }
 """`zero3` shards every tensor; `zero3-persistent` keeps small ones whole, as it does by default, and gathers ahead;
+`zero3-layers` keeps biases whole, and its views gather everything else when it is used;
 `fsdp2-hybrid` is for four ranks."""
 STRATEGIES = tuple(name for name in SPECS if name not in ("single", "fsdp2-hybrid"))
 MOVED = (
@@ -198,7 +205,8 @@ def accumulate(
     for i in mine:
         part_x, part_y = x.chunk(MICRO_BATCHES)[i], y.chunk(MICRO_BATCHES)[i]
         net = forward or engine.own("net")
-        value = loss(net, part_x) if loss else F.cross_entropy(net(part_x), part_y)
+        with engine.loss_context():
+            value = loss(net, part_x) if loss else F.cross_entropy(net(part_x), part_y)
         value = value * len(part_x) / len(x)
         engine.backward(value, last=i == mine[-1])
         total += value.detach()
@@ -557,6 +565,22 @@ def branches_alone(strategy: str, given: bool) -> dict[str, Any]:
     return branches(world, strategy, given)
 
 
+def branches_by_layer() -> dict[str, Any]:
+    """The same where views gather layer by layer, to the end of the turn."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    e = engine_of("zero3-layers", world, Branches(), given=True)
+    e.checks_order = True
+    x, y = batches(1)[0]
+    accumulate(e, x, y, loss=branch_loss)
+    before = numbers(e.full_weights())
+    try:
+        e.step()
+    except UserError as error:
+        return {"refusal": str(error), "untouched": before == numbers(e.full_weights())}
+    return {"refusal": ""}
+
+
 def branch_loss(net: Any, x: Tensor) -> Tensor:
     """The first half of the batch goes through `a`, the second through `b`."""
     first_half = any(torch.equal(x.cpu(), part) for part in batches(1)[0][0].chunk(4)[:2])
@@ -663,6 +687,18 @@ VARIED = (
     "traffic",
 )
 """What could differ where weights stay whole for longer, or where something lies in the host's memory."""
+LAYERED = (
+    *VARIED,
+    "double-backward",
+    "clip-value-given",
+    "norm-given",
+    "spectral-given",
+    "tied-given",
+    "shared-buffer",
+    "partly-trained",
+    "overflow-given",
+)
+"""What could differ where views gather layer by layer."""
 
 
 def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
@@ -670,7 +706,8 @@ def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {check: {} for check in CHECKS}
     for strategy in strategies:
         for check, function in CHECKS.items():
-            if "-" in strategy and check not in VARIED:
+            varied = LAYERED if strategy == "zero3-layers" else VARIED
+            if "-" in strategy and check not in varied:
                 continue
             if check.startswith("branches") and strategy.startswith("zero"):
                 continue  # `branches_alone`

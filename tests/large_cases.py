@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train import checkpoint
+from dist_train.objectives import Objective, Turn
 from dist_train.recipe import Recipe
 from dist_train.verify import parity
 from dist_train.verify.parity import trainer_of
@@ -62,6 +65,79 @@ def recipe(data: str, strategy: str, width: int = WIDTH, depth: int = DEPTH) -> 
     )
 
 
+class Painter(nn.Module):
+    """Noise (B, 16) -> image (B, 1, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 64)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return torch.tanh(self.layer(noise)).view(-1, 1, 8, 8)
+
+
+class Adversaries(Objective):
+    """A small generator, whose turn goes through a large critic; the critic's own gradients are streamed."""
+
+    players = ("generator", "critic")
+
+    def turns(self, step: int) -> list[Turn]:
+        return [Turn("critic", 0), Turn("generator", 1)]
+
+    def loss(self, turn: Turn, networks: Any, micro: Any, scalars: Any) -> Any:
+        real = micro["image"]
+        noise = torch.randn(len(real), 16, device=real.device)
+        if turn.player == "generator":
+            return F.softplus(-networks.critic(networks.generator(noise))).mean(), {}
+        with torch.no_grad():
+            fake = networks.generator(noise)
+        real, fake = networks.critic(torch.cat([real, fake])).chunk(
+            2
+        )  # one forward: layer by layer
+        return F.softplus(-real).mean() + F.softplus(fake).mean(), {}
+
+
+ROOM_FOR_TWO = int(1.6 * WEIGHTS)
+"""Of 4 ranks: slices of the critic's weights, of their copy for the update and of its gradients are 3/4 of a copy."""
+
+
+def adversaries(data: str, view_elements: int, width: int = WIDTH, depth: int = DEPTH) -> Recipe:
+    few = {"reduce_bucket_size": 500_000, "sub_group_size": 1_000_000}
+    base = recipe(data, "single", width, depth).as_dict()
+    return Recipe(
+        **base
+        | {
+            "strategy": {
+                "name": "zero3",
+                "view_elements": view_elements,
+                "deepspeed": {"zero_optimization": few},
+            },
+            "model": {"generator": {"name": "large_cases:Painter"}, "critic": base["model"]},
+            "objective": {"name": "large_cases:Adversaries"},
+            "evaluate": None,
+        }
+    )
+
+
+def adversaries_limited(data: str, folder: str, view_elements: int) -> dict[str, Any]:
+    """Two steps with room for less than two copies of the critic."""
+    world = limited_world(lambda world: _adversaries(data, folder, 0, world, 8, 2), ROOM_FOR_TWO)
+    found = _adversaries(data, folder, view_elements, world)
+    world.leave()
+    return found
+
+
+def _adversaries(
+    data: str, folder: str, view_elements: int, world: World, *size: int
+) -> dict[str, Any]:
+    here = Path(folder) / f"{view_elements}-{len(size)}"
+    with trainer_of(adversaries(data, view_elements, *size), world, here) as trainer:
+        kept = parity.Losses()
+        parity.watch(trainer, kept)
+        trainer.train()
+        return {"losses": kept.losses}
+
+
 def two_steps(recipe: Recipe, world: World, folder: Path) -> dict[str, Any]:
     """Build, save, take two steps, measure, save."""
     with trainer_of(recipe, world, folder) as trainer:
@@ -89,14 +165,8 @@ def loaded(recipe: Recipe, world: World, folder: Path, other: Path) -> dict[str,
 
 def limited(work: str, data: str, folder: str) -> dict[str, Any]:
     """What a rank does under zero3 with a network, with room for less than a copy of it."""
-    world, here = World.join(group=True), Path(folder)
-    pin_threads(1, 1)
-    # what is freed goes back, so that what is taken is what is needed (mallopt(3))
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
-    small = recipe(data, "zero3", 8, 2)
-    two_steps(small, world, here / f"small-{work}")  # brings threads and buffers
-    most = data_bytes() + LIMIT
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    here, small = Path(folder), recipe(data, "zero3", 8, 2)
+    world = limited_world(lambda world: two_steps(small, world, here / f"small-{work}"), LIMIT)
     large = recipe(data, "zero3")
     if work == "train":
         found = two_steps(large, world, here / "run")
@@ -108,6 +178,18 @@ def limited(work: str, data: str, folder: str) -> dict[str, Any]:
         found["whole"] = str(error)
     world.leave()
     return found
+
+
+def limited_world(warm_up: Callable[[World], Any], limit: int) -> World:
+    """Join the world; after `warm_up`, which brings threads and buffers, there is room for `limit` bytes."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    # what is freed goes back, so that what is taken is what is needed (mallopt(3))
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
+    warm_up(world)
+    most = data_bytes() + limit
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    return world
 
 
 def data_bytes() -> int:

@@ -28,6 +28,11 @@ LOADERS = ("single", *cases.MOVED)
 EXACT = 1e-6  # of sums in another order, in fp32
 each = pytest.mark.parametrize("strategy", STRATEGIES)
 each_and_varied = pytest.mark.parametrize("strategy", ("single", *cases.STRATEGIES))
+each_and_layers = pytest.mark.parametrize("strategy", (*STRATEGIES, "zero3-layers"))
+each_way = pytest.mark.parametrize(
+    ("strategy", "way"),
+    [*itertools.product(STRATEGIES, ("streamed", "given")), ("zero3-layers", "given")],
+)
 streamed_and_given = pytest.mark.parametrize("way", ("streamed", "given"))
 
 
@@ -86,8 +91,7 @@ def plain_clip(kind: str) -> dict[str, Any]:
     return cases.plain_clip(kind)
 
 
-@streamed_and_given
-@each
+@each_way
 def test_clipping_by_norm_equals_torch(found: Found, strategy: str, way: str) -> None:
     truth = plain_clip("norm")
     bounds = [math.inf if bound is None else bound for bound in cases.NORMS]
@@ -96,8 +100,7 @@ def test_clipping_by_norm_equals_torch(found: Found, strategy: str, way: str) ->
     assert difference(result["weights"], truth["weights"]) <= EXACT
 
 
-@streamed_and_given
-@each
+@each_way
 def test_clipping_by_value_equals_torch(found: Found, strategy: str, way: str) -> None:
     result = found(f"clip-value-{way}", strategy)
     assert difference(result["weights"], plain_clip("value")["weights"]) <= EXACT
@@ -118,8 +121,7 @@ def test_global_norm_keeps_its_digits_however_large_a_tensor_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ("norm", "value"))
-@streamed_and_given
-@each
+@each_way
 def test_norm_is_the_global_one_before_clipping(
     found: Found, strategy: str, way: str, kind: str
 ) -> None:
@@ -189,7 +191,7 @@ def test_double_backward_of_a_streamed_player_names_given(found: Found, strategy
     assert "\n" not in refusal
 
 
-@each
+@each_and_layers
 def test_double_backward_given_equals_plain_torch(found: Found, strategy: str) -> None:
     result = found("double-backward", strategy)
     loss, gradients = cases.plain_gradients(
@@ -210,8 +212,12 @@ def test_frozen_view_passes_gradients_to_its_input_only(found: Found, strategy: 
     assert torch.tensor(truth["generator"]["0.weight"]).abs().max() > 0.001
 
 
-@streamed_and_given
-@each
+def test_a_frozen_view_by_layer_is_the_whole_one_bit_for_bit(found: Found) -> None:
+    by_layer, whole = found("frozen", "zero3-layers"), found("frozen", "zero3")
+    assert by_layer["generator"] == whole["generator"]
+
+
+@each_way
 def test_tied_weights(found: Found, strategy: str, way: str) -> None:
     truth, result = cases.plain_tied(), found(f"tied-{way}", strategy)
     assert difference(result["weights"], truth["weights"]) <= EXACT
@@ -219,7 +225,7 @@ def test_tied_weights(found: Found, strategy: str, way: str) -> None:
         assert difference(result[view], truth["out"]) <= EXACT, view
 
 
-@each
+@each_and_layers
 def test_a_buffer_under_two_names_works_in_views(found: Found, strategy: str) -> None:
     result = found("shared-buffer", strategy)
     truth = cases.Scaled()(cases.batches(1)[0][0]).tolist()
@@ -227,7 +233,7 @@ def test_a_buffer_under_two_names_works_in_views(found: Found, strategy: str) ->
     assert difference(result["frozen"], truth) <= EXACT
 
 
-@each
+@each_and_layers
 def test_what_is_not_trained_stays(found: Found, strategy: str) -> None:
     result = found("partly-trained", strategy)
     assert result["trained"] == ["net.2.bias", "net.2.weight"]
@@ -239,8 +245,7 @@ def test_what_is_not_trained_stays(found: Found, strategy: str) -> None:
 # Buffers (law 11)
 
 
-@streamed_and_given
-@each
+@each_way
 def test_running_statistics_take_one_update_a_turn(found: Found, strategy: str, way: str) -> None:
     """running <- 0.9 running + 0.1 * mean over the 4 micro-batches of all ranks of the batch's own statistic."""
     mean, var = torch.zeros(7, dtype=torch.float64), torch.ones(7, dtype=torch.float64)
@@ -257,8 +262,7 @@ def test_running_statistics_take_one_update_a_turn(found: Found, strategy: str, 
         assert after["2.num_batches_tracked"] == number + 1
 
 
-@streamed_and_given
-@each
+@each_way
 def test_spectral_norm_takes_one_power_iteration_a_turn(
     found: Found, strategy: str, way: str
 ) -> None:
@@ -317,6 +321,13 @@ def test_ranks_that_use_different_parameters_given(branched: dict[str, Any], str
     assert difference(result["gradients"], branched) <= EXACT
 
 
+def test_ranks_that_use_different_parameters_by_layer_are_refused() -> None:
+    """Each gathers what the other does not: all ranks say so before a weight changes."""
+    for result in spawn_ranks(2, cases.branches_by_layer, timeout=60):
+        assert "view_elements" in result["refusal"]
+        assert result["untouched"]
+
+
 @pytest.mark.parametrize("strategy", ("zero1", "zero2", "zero3"))
 def test_ranks_that_use_different_parameters_streamed(
     branched: dict[str, Any], strategy: str
@@ -354,8 +365,7 @@ def test_16_bits_are_finite_and_near_fp32(found: Found, strategy: str, precision
     assert weights != torch.tensor(weights).to(kind).double().tolist(), "weights stay fp32"
 
 
-@streamed_and_given
-@each
+@each_way
 def test_an_overflow_skips_the_turn_on_every_rank(found: Found, strategy: str, way: str) -> None:
     result = found(f"overflow-{way}", strategy)
     first, spoilt, last = result["states"]

@@ -16,7 +16,8 @@ from torch import nn
 from dist_train import checkpoint, components, randomness
 from dist_train.networks.deferred import construct, value_of
 from dist_train.networks.initialisation import initialise
-from dist_train.testing import spawn_ranks
+from dist_train.testing import RankFailed, spawn_ranks
+from dist_train.verify import parity
 from dist_train.world import World, pin_threads
 
 
@@ -134,3 +135,21 @@ def test_zero3_where_no_rank_has_room_for_a_copy(tiny_data: Path, tmp_path: Path
     assert found["losses"] == pytest.approx(truth["losses"], rel=1e-6)
     for measured in ("measured", "resumed", "started"):
         assert found[measured] == pytest.approx(truth["measured"], rel=1e-6), measured
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux")
+def test_a_turn_through_a_critic_of_which_no_rank_has_room_for_a_copy(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """4 ranks; gathered whole, as a planted setting has it, it does not fit."""
+    arguments = (large_cases.adversaries_limited, str(tiny_data), str(tmp_path))
+    found = spawn_ranks(4, *arguments, 0, timeout=100)[0]
+    pin_threads(1, 1)
+    alone = large_cases.adversaries(str(tiny_data), 0).set("strategy", "single")
+    with parity.trainer_of(alone, World(), tmp_path / "alone") as trainer:
+        kept = parity.Losses()
+        parity.watch(trainer, kept)
+        trainer.train()
+    assert found["losses"] == pytest.approx(kept.losses, rel=1e-6)
+    with pytest.raises(RankFailed, match="allocate memory"):
+        spawn_ranks(4, *arguments, 10**9, timeout=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.engine.buffers import BufferKeeper
+from dist_train.engine.layers import check_same_order
 from dist_train.engine.views import Views, plain_name, single_backward
 from dist_train.networks import Player
 from dist_train.networks.precision import LossScale
@@ -59,6 +61,9 @@ class Engine(ABC):
     gathers_by_layer = False
     """Whether the live network gathers the weights of each layer when it comes to it."""
 
+    checks_order = False
+    """Whether a view of this player or another gathers by layer, so that all ranks have to do so alike."""
+
     def __init__(self, player: Player, world: World, given: bool) -> None:
         self.world, self.given = world, given
         self.player = player.on(world.devices)
@@ -95,6 +100,10 @@ class Engine(ABC):
             return functools.partial(self._live_in_evaluation, network)
         return self.views.evaluated(network, weights)
 
+    def loss_context(self) -> contextlib.AbstractContextManager[Any]:
+        """In which the loss of this player's turn is to be computed (`Views.loss_context`)."""
+        return self.views.loss_context() if self.given else contextlib.nullcontext()
+
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def begin_turn(self, index: int = 0) -> None:
@@ -127,6 +136,8 @@ class Engine(ABC):
 
         Under fp16 a turn whose gradients overflowed changes nothing but the loss scale; `norm` stays as it was.
         """
+        if self.checks_order:
+            check_same_order(self.world)
         updated = self._update()
         if updated:
             self._keeper.end()

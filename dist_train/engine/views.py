@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_train.engine.layers import Layers, Shards, read_through, regathered
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.networks.batch_norm import statistics_of_the_batch
@@ -19,6 +21,9 @@ class Views:
     Args:
         gather: gives the present weights by name, whole; asked once a turn at most.
         trained: the names of the weights that the player's own turn differentiates.
+
+    A player that `gather_by_layer` was told of gathers each weight when a forward or backward comes to it: then all
+    ranks have to call the networks of a turn alike.
     """
 
     def __init__(
@@ -31,12 +36,27 @@ class Views:
         self._skeleton, self._evaluation = player.skeleton(), player.skeleton().eval()
         self._aliases = _aliases(player)
         self._buffers, self._trained, self._gather = buffers, list(trained), gather
+        self._layers: dict[str, Layers] = {}  # by who sees the networks
+        self._readers: dict[str, Player] = {}
         self.forget()
+
+    def gather_by_layer(self, shards: Shards, budget: int) -> None:
+        """Gather weights when they are used, and keep at most `budget` elements of them."""
+        self._layers = {
+            "given": Layers(shards, budget, self._trained),
+            "frozen": Layers(shards, budget),
+        }
+
+    @property
+    def by_layer(self) -> bool:
+        return bool(self._layers)
 
     def forget(self) -> None:
         """The weights have changed."""
         self._weights: dict[str, Tensor] | None = None
         self._leaves: dict[str, Tensor] | None = None
+        for layers in self._layers.values():
+            layers.forget()
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -47,20 +67,34 @@ class Views:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """The trained weights as leaves, by whose gradients this player's `given` turn goes."""
+        """The trained weights as leaves, by whose gradients this player's `given` turn goes; by layer they are this
+        rank's slices, and their gradients summed over the ranks already (but for weights that every rank has)."""
+        if self.by_layer:
+            self._layers["given"].begin()
+            return self._layers["given"].leaves
         if self._leaves is None:
             self._leaves = {n: self.weights[n].detach().requires_grad_() for n in self._trained}
         return self._leaves
 
     def given(self, network: str) -> Callable[..., Any]:
         """The network as its own turn sees it where gradients are given: of the leaves, and changing the buffers."""
+        if self.by_layer:
+            self._layers["frozen"].drop()
+            self._layers["given"].begin()
+            return self._read("given", network, self._buffers)
         return self._call(self._skeleton, network, {**self.weights, **self.leaves, **self._buffers})
 
     def frozen(self, network: str) -> Callable[..., Any]:
         """The network as other players' turns see it: gradients flow through it to its input, nothing reaches or
         changes the network (running statistics are copies)."""
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        if self.by_layer:
+            return self._read("frozen", network, buffers)
         return self._call(self._skeleton, network, {**self.weights, **buffers})
+
+    def loss_context(self) -> contextlib.AbstractContextManager[Any]:
+        """In which the loss of this player's `given` turn is to be computed."""
+        return regathered() if self.by_layer else contextlib.nullcontext()
 
     def observed(
         self, network: str, seen: Callable[[str, Any], None], *, evaluating: bool = False
@@ -69,7 +103,8 @@ class Views:
         output)` is told what every layer with a weight puts out, in the order of the forward."""
         skeleton = self._evaluation if evaluating else self._skeleton
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        call = self._call(skeleton, network, {**self.weights, **self.leaves, **buffers})
+        leaves = {name: self.weights[name].detach().requires_grad_() for name in self._trained}
+        call = self._call(skeleton, network, {**self.weights, **leaves, **buffers})
         layers = {
             f"{network}.{name}" if name else network: module
             for name, module in skeleton.networks[network].named_modules()
@@ -109,10 +144,23 @@ class Views:
         source = self.weights if weights is None else weights
         return self._call(self._evaluation, network, {**self._buffers, **source})
 
+    def _read(self, who: str, network: str, buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """A network that gathers its weights itself."""
+        if who not in self._readers:
+            self._readers[who] = self._skeleton.skeleton()
+            read_through(self._readers[who], self._aliases, self._layers[who])
+        call = self._call(self._readers[who], network, buffers)
+
+        def regathering(*inputs: Any) -> Any:
+            with regathered():
+                return call(*inputs)
+
+        return regathering
+
     def _call(
         self, skeleton: Player, network: str, by_name: Mapping[str, Tensor]
     ) -> Callable[..., Any]:
-        tensors = {alias: by_name[name] for alias, name in self._aliases.items()}
+        tensors = {alias: by_name[n] for alias, n in self._aliases.items() if n in by_name}
 
         def call(*inputs: Any) -> Any:
             return torch.func.functional_call(skeleton, tensors, (network, *inputs))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, added, materialise
+from dist_train.engine.layers import VIEW_ELEMENTS, Shards
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.networks.deferred import value_of
@@ -69,6 +70,11 @@ class ZeroEngine(Engine):
                 )
         self._materialise()
         self._slice_state()
+        if stage == 3:
+            self._shards = ZeroShards(self.names, world)
+            budget = strategy.get("view_elements", VIEW_ELEMENTS)
+            if sum(self._shards.sizes.values()) > budget:
+                self.views.gather_by_layer(self._shards, budget)
 
     def _make_slices(self, config: dict[str, Any]) -> None:
         """Make the weights that are not there yet, one after the other, and keep this rank's slice of each."""
@@ -97,6 +103,9 @@ class ZeroEngine(Engine):
     def reduce(self) -> None:
         if self.given:
             assert self._sum is not None
+            if self.views.by_layer:
+                self._take_slices(self._sum)
+                return
             with self._whole():
                 pairs = zip(self.trained.values(), self._sum, strict=True)
                 # whose gradient is the one given; every parameter has a part in it, also one that only other
@@ -109,6 +118,23 @@ class ZeroEngine(Engine):
             self._orders[self._turn] = orders[0] if all(o == orders[0] for o in orders) else []
         if self._came != self._orders[self._turn]:
             raise UserError(f"strategy: zero{self.stage}: {_OTHER_ORDER}")
+
+    @torch.no_grad()
+    def _take_slices(self, gradients: list[Tensor | None]) -> None:
+        """Put this rank's slices of gradients that are summed over the ranks where DeepSpeed looks for its own."""
+        by_name = dict(zip(self.trained, gradients, strict=True))
+        by_name |= self._shards.small_slices(by_name)
+        for name, parameter in self.trained.items():
+            part = by_name.pop(name)
+            if part is None:
+                part = torch.zeros(self._shards.lengths[name], device=self.world.device)
+            self.zero.set_local_grad_for_param(part / self.world.size, parameter)
+        if self.zero.offload_optimizer:
+            return
+        for index, group in enumerate(self.zero.fp16_groups):
+            self.zero.averaged_gradients[index] = [
+                self.zero._get_fp32_grad_state_partition(p, False)[0] for p in group
+            ]
 
     def full_gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
@@ -237,6 +263,55 @@ class ZeroEngine(Engine):
         return (
             (self.zero.fp32_partitioned_groups_flat[group], offset, start, count) if count else None
         )
+
+
+class ZeroShards(Shards):
+    """Weights as ZeRO-3 holds them: of each an equal slice, the last ones padded."""
+
+    def __init__(self, names: Mapping[str, Any], world: World) -> None:
+        self.names, self.world = names, world
+        large = {name: p for name, p in self.names.items() if not p.ds_persist}
+        self.sizes = {name: p.ds_numel for name, p in large.items()}
+        self.lengths = {name: p.ds_tensor.ds_numel for name, p in large.items()}
+        self._small = [name for name in names if name not in large]
+
+    def small(self) -> dict[str, Tensor]:
+        if not self._small:
+            return {}
+        slices = [self._slice(name) for name in self._small]
+        ranks = self.world.join_slices(torch.cat(slices)).view(self.world.size, -1)
+        parts = ranks.split([len(part) for part in slices], dim=1)
+        return {n: self._cut(n, part.flatten()) for n, part in zip(self._small, parts, strict=True)}
+
+    def gather(self, name: str) -> Tensor:
+        return self._cut(name, self.world.join_slices(self._slice(name)))
+
+    def scatter(self, name: str, gradient: Tensor) -> Tensor:
+        flat, full = gradient.reshape(-1), self.lengths[name] * self.world.size
+        if flat.numel() < full:
+            flat = torch.nn.functional.pad(flat, (0, full - flat.numel()))
+        return self.world.sum_to_slices(flat)
+
+    def small_slices(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """This rank's slices of the sums of the small weights' gradients."""
+        mine = [name for name in self._small if name in gradients]
+        if not mine:
+            return {}
+        lengths = [self.names[name].ds_tensor.ds_numel for name in mine]
+        flat = torch.zeros(self.world.size, sum(lengths), device=self.world.device)
+        for name, part in zip(mine, flat.split(lengths, dim=1), strict=True):
+            if (gradient := gradients[name]) is not None:
+                whole = torch.zeros(part.numel(), device=self.world.device)
+                whole[: gradient.numel()] = gradient.flatten()
+                part.copy_(whole.view_as(part))
+        return dict(zip(mine, self.world.sum_to_slices(flat.view(-1)).split(lengths), strict=True))
+
+    def _slice(self, name: str) -> Tensor:
+        return self.names[name].ds_tensor.detach().to(self.world.device)
+
+    def _cut(self, name: str, padded: Tensor) -> Tensor:
+        parameter = self.names[name]
+        return padded[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def configuration(stage: int, strategy: Mapping[str, Any], micro_batches: int) -> dict[str, Any]:

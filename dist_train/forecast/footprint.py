@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dist_train.engine.layers import VIEW_ELEMENTS
 from dist_train.engine.zero import ZERO_BUCKET
 from dist_train.forecast.tracing import Step
 from dist_train.recipe import Recipe
@@ -21,7 +22,8 @@ FASTEST_FIRST: tuple[dict[str, Any], ...] = (
     {"name": "zero3", "offload": "all"},
 )
 """Each needs less memory than those before it, and more traffic or more waiting."""
-BUCKET = 4 * ZERO_BUCKET
+BYTES = 4  # of a weight: networks are fp32 under every precision
+BUCKET = BYTES * ZERO_BUCKET
 RESERVED = 0.08
 """The share of a GPU's memory that is left to its driver, its libraries and fragmentation."""
 
@@ -65,8 +67,10 @@ def rank_memory(
     )  # with the fp32 weights it updates
     accumulated = micro_batches > 1
     if name == "zero3":
-        # layer by layer, but the networks of other players, which a turn sees frozen, whole
-        gathered = step.largest if players == 1 else weights
+        # layer by layer; of other players' networks, which a turn sees frozen, what their views keep besides
+        kept = BYTES * strategy.get("view_elements", VIEW_ELEMENTS)
+        seen = (w if w <= kept else min(w, kept + step.largest) for w in step.weights.values())
+        gathered = step.largest if players == 1 else sum(seen)
         scattered = 2 * min(trained, max(BUCKET, step.largest))
         held["weights"] = gathered + (0 if offload == "all" else part + -(-frozen // ranks))
         held["gradients"] = part
