@@ -22,6 +22,12 @@ OFFLOADS = {
 }
 """What lives in the memory of the host instead of the device's, and the strategies that can do so."""
 
+NO_DISK = (
+    "what DeepSpeed keeps on NVMe is in memory only during an update, out of reach of checkpoints and averages;"
+    " expected offload optimizer or all, to the host's memory"
+)
+"""Why `offload: nvme` is refused (docs/decisions/0057)."""
+
 OWNED_BY_THE_RECIPE = {
     "train_batch_size": "data.global_batch",
     "train_micro_batch_size_per_gpu": "data.micro_batch",
@@ -61,6 +67,9 @@ def check_strategy(strategy: Any, where: str) -> None:
         known += ["persistence_threshold", "view_elements"]
     if name == "fsdp2":
         known += ["offload", "shard_degree", "reshard_after_forward"]
+    if "nvme_path" in strategy or strategy.get("offload") == "nvme":
+        key = "nvme_path" if "nvme_path" in strategy else "offload"
+        raise UserError(f"{where}.{key}: got {short(strategy[key])}, but {NO_DISK}")
     for key in strategy:
         if key not in known:
             raise UserError(

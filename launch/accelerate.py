@@ -21,6 +21,7 @@ from dist_train.launch.local import Local, ended
 from dist_train.ranks.parent import die_with_parent
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.settings import short
+from dist_train.strategies import NO_DISK
 from dist_train.yaml_text import read_yaml
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ def _without_auto(settings: Any) -> Any:
 
 def _offload(what: str, device: str, words: str) -> str:
     if device != "cpu":
-        raise UserError(f"accelerate says {words}: expected cpu or none")
+        why = f"; {NO_DISK}" if device == "nvme" else ""
+        raise UserError(f"accelerate says {words}: expected cpu or none{why}")
     return {"optimizer": "optimizer", "param": "all"}[what]
 
 

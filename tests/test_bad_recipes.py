@@ -48,6 +48,9 @@ SETTINGS = {
     "strategy=zero4": ["strategy", "did you mean 'zero3'"],
     "strategy={name: ddp, offload: optimizer}": ["strategy.offload", "unknown key", "name"],
     "strategy={name: zero2, offload: all}": ["strategy.offload", "zero3"],
+    "strategy={name: zero3, offload: nvme}": ["strategy.offload", "nvme", "checkpoints", "all"],
+    "strategy={name: zero3, offload: all, nvme_path: /scratch}": ["strategy.nvme_path", "/scratch"],
+    "strategy={name: zero3, view_elements: true}": ["strategy.view_elements", "True"],
     "strategy={name: zero2, offload: disk}": ["strategy.offload", "none, optimizer, all"],
     "strategy={name: zero2, deepspeed: {gradient_clipping: 0.5}}": [
         "strategy.deepspeed.gradient_clipping",
