@@ -140,7 +140,9 @@ def show_members(result: Mapping[str, Any]) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, shown side by side.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, shown side by side; or one sweep's.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The HTML file (default: report.html of the first run).")
     ] = None,
@@ -149,6 +151,14 @@ def report(
     """Write one HTML file that shows what the curves say."""
     from dist_train.report import write_report
 
+    if len(runs) == 1 and (runs[0] / "sweep.yaml").is_file():
+        from dist_train.launch.sweep.plan import read_plan
+        from dist_train.launch.sweep.report import write_report as write_sweep_report
+
+        answer(
+            as_json, lambda: {"report": str(write_sweep_report(read_plan(runs[0]), runs[0], out))}
+        )
+        return
     answer(as_json, lambda: {"report": str(write_report(runs, out))})
 
 

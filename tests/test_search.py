@@ -351,6 +351,7 @@ def test_a_wrong_space_is_one_line(spec: Any, words: str) -> None:
         ("random", {}, "needs this argument"),
         ("random", {"trials": 0}, "1 or more"),
         ("asha", {"trials": 9, "factor": 1}, "2 or more"),
+        ("asha", {"trials": 8, "factor": 3, "rungs": 3}, "9 or more"),
         ("coarse_to_fine", {"trials": 9, "short": 3}, "from 0.001 to 1"),
     ],
 )

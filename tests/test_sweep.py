@@ -94,6 +94,8 @@ def test_a_trial_is_the_run_that_train_makes(recipe: Recipe, tmp_path: Path) -> 
     groups = {Recipe.load(run).callbacks["wandb"]["group"] for run in runs.values()}
     assert groups == {"sweep"}
     page = Path(found["report"]).read_text()
+    assert main(["report", found["sweep"], "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == page
     assert all(f"{value:.5g}" in page for value in ends.values())
     for svg in page.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + svg.partition("</svg>")[0] + "</svg>")

@@ -71,6 +71,6 @@ def parallel(
         for place, label in labels:
             y = HEIGHT - BOTTOM - place * (HEIGHT - TOP - BOTTOM)
             parts.append(
-                f'<text x="{x - 4:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+                f'<text x="{x - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
             )
     return "".join([*parts, "</svg>"])

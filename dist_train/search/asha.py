@@ -16,7 +16,7 @@ class AsynchronousSuccessiveHalving(Search):
     promoted depends on who has come to the rung by then, so with several trials at once the order of their ends counts.
 
     Args:
-        trials: how many are begun.
+        trials: how many are begun; fewer than factor ** (rungs - 1) would leave nobody to come to the end.
         factor: one of so many goes on from each rung, which is so many times as far as the one before.
         rungs: how many there are; the last is the recipe's whole duration.
     """
@@ -27,8 +27,9 @@ class AsynchronousSuccessiveHalving(Search):
     def __init__(
         self, space: Space, seed: int, trials: int, factor: int = 3, rungs: int = 3
     ) -> None:
-        self.space, self.seed, self.trials = space, seed, at_least("trials", trials, 1)
+        self.space, self.seed = space, seed
         self.factor, self.rungs = at_least("factor", factor, 2), at_least("rungs", rungs, 1)
+        self.trials = at_least("trials", trials, self.factor ** (self.rungs - 1))
 
     def ask(self, trials: Sequence[Trial]) -> Leg | None:
         for rung in reversed(range(self.rungs - 1)):

@@ -87,6 +87,7 @@ class Sweep:
     def __init__(self, plan: Plan, path: Path, threads: int | None = None) -> None:
         self.plan, self.path, self.threads = plan, path, threads
         self.journal = Journal(path, plan.objective)
+        self.journal.open()
         self.cut_off = [trial.legs[-1] for trial in self.journal.trials if trial.running]
         """What an earlier start has begun and not ended: it goes on first."""
         self.failures = 0

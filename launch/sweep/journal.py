@@ -34,15 +34,20 @@ class Journal:
         self.runs: list[str] = []
         self.outcomes: list[Outcome | None] = []
         self.rows: list[dict[str, Any]] = []
-        self._file = os.open(path / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        content = (path / FILE).read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # without a last row that a kill tore
-        os.ftruncate(self._file, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        self._path = path / FILE
+        self._file = -1
+        content = self._path.read_bytes() if self._path.is_file() else b""
+        self._whole = content.rfind(b"\n") + 1  # without a last row that a kill tore
+        for number, line in enumerate(content[: self._whole].splitlines(), start=1):
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, IndexError, TypeError):
                 raise UserError(f"{path / FILE}:{number}: not a row of a sweep") from None
+
+    def open(self) -> None:
+        """Be the one that writes it."""
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._file, self._whole)
 
     def begun(self, leg: Leg, run: str) -> None:
         """A leg is about to begin."""

@@ -21,11 +21,10 @@ from dist_train.search.space import Choice, Dimension
 MOST_LABELS = 6
 
 
-def write_report(plan: Plan, path: Path) -> Path:
-    """Write the report of a sweep, finished or not; returns its path."""
+def write_report(plan: Plan, path: Path, out: Path | None = None) -> Path:
+    """Write the report of a sweep, finished or not, by default into its directory; returns its path."""
     journal = Journal(path, plan.objective)
-    journal.close()
-    file = path / "report.html"
+    file = out or path / "report.html"
     write_file(file, render(plan, path, journal).encode())
     return file
 
