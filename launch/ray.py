@@ -213,6 +213,8 @@ def see_through(job: Job, say: Callable[[str], None], group: Any = None) -> tupl
     """Train to the end, in a given placement group or one of its own; the exit code of the run, and what ended it."""
     begin_to_count(job.run_dir)
     while True:
+        if _cancelled(job):
+            return REQUEUE, "cancelled before it began"
         code, reason = _attempt(job, say, group)
         if code in (0, MISTAKE):
             return code, reason

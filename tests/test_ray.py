@@ -192,19 +192,19 @@ def test_the_head_is_lost(recipe: Path, tmp_path: Path, raylets: Callable[[], Ra
 def test_a_sweep_by_tune_whose_trials_are_of_two_ranks(
     recipe: Path, tmp_path: Path, raylets: Callable[[], Raylets], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told to end in the middle of its second trial, and gone on with: each trial is the run that `train` makes."""
+    """Told to end in its first trial, while the second waits, and gone on with: each is the run that `train` makes."""
     monkeypatch.setenv("RAY_ADDRESS", raylets().cluster.address)
     path, rate = tmp_path / "sweep", "optimizer.learning_rate"
     plan = Recipe.load(recipe, ["duration=60 steps", "launch.nodes=2", "callbacks.wandb=null"])
     plan = plan.set("evaluate", {"split": "test", "every": "20 steps", "metrics": ["loss"]})
     objective = {"metric": "loss", "mode": "min"}
-    space = {"search": "grid", "objective": objective, "space": {rate: [0.1, 0.02, 0.005]}}
+    space = {"search": "grid", "objective": objective, "space": {rate: [0.1, 0.02]}}
 
-    def told_in_the_second() -> None:
-        eventually(lambda: any(step_of(run) > 25 for run in path.glob("trials/0001-*")), 400)
+    def told_in_the_first() -> None:
+        eventually(lambda: any(step_of(run) > 25 for run in path.glob("trials/0000-*")), 400)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=told_in_the_second)
+    thread = threading.Thread(target=told_in_the_first)
     thread.start()
     with pytest.raises(Interrupted, match="SIGTERM: 2 trials begun") as caught:
         sweep(plan, space, on="ray", run_dir=path)
@@ -212,17 +212,16 @@ def test_a_sweep_by_tune_whose_trials_are_of_two_ranks(
     assert caught.value.code == 75
     eventually(lambda: not processes_of(path), 10)
     found = sweep(str(path), on="ray", resume=True)
-    assert (found["trials"], found["failed"], found["stopped"]) == (3, 0, "")
+    assert (found["trials"], found["failed"], found["stopped"]) == (2, 0, "")
     eventually(lambda: not processes_of(path), 10)
     assert not (path / "ray").exists()
     runs = sorted(path.glob("trials/*"))
-    for run in runs[:2]:
+    for run in runs:
         twin = tmp_path / f"twin-{run.name}"
         settings = Recipe.load(run).as_dict()
         spawn_ranks(2, cases.train_case, settings, str(twin), "", None, timeout=120)
         assert_same_run(twin, run)
-    assert len((runs[0] / "logs" / "job.log").read_text().splitlines()) >= 1
-    environ = (runs[1] / "environment.json").read_text()
+    environ = (runs[0] / "environment.json").read_text()
     assert '"world_size": 2' in environ and '"earlier": [\n    {' in environ
 
 

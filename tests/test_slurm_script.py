@@ -67,6 +67,14 @@ def job(run_dir: Path | str = "/runs/run", **settings: Any) -> Job:
     )
 
 
+def test_a_leg_of_a_sweep_pauses() -> None:
+    one = job()
+    one.until = "1.5 epochs"
+    assert "--resume auto --until '1.5 epochs' &" in render(one)
+    assert one.train_command()[-2:] == ["--until", "1.5 epochs"]
+    assert "--until" not in render(job())
+
+
 def render(one: Job) -> str:
     return Slurm().render(one)[SCRIPT]
 

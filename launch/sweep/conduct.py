@@ -7,6 +7,7 @@ SWEEP/report.html       what it shows                  SWEEP/environment.json, S
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 
 from dist_train import checkpoint
 from dist_train.amendments import amend, link_tree
-from dist_train.errors import Interrupted
+from dist_train.errors import Interrupted, UserError
 from dist_train.interruption import HEEDED, INTERRUPTED, REQUEUE
 from dist_train.launch.sweep.journal import Journal
 from dist_train.launch.sweep.outcome import Outcome, read_outcome
@@ -31,6 +32,8 @@ from dist_train.run_directory import RunDirectory, write_file
 from dist_train.search import Leg, best
 
 LOG = "logs/job.log"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,24 +98,31 @@ class Sweep:
 
     def next(self) -> Task | None:
         """What to begin now; None while nothing can be begun before something ends, and at the end."""
-        if self.stopping:
-            return None
-        if self.cut_off:
-            leg = self.cut_off.pop(0)
-        else:
-            asked = self.plan.search.ask(self.journal.trials)
-            if asked is None:
-                return None
-            leg = asked
-            self.journal.begun(leg, self._run(leg))
-        return self._prepared(leg)
+        while not self.stopping and (leg := self._next_leg()) is not None:
+            try:
+                return self._prepared(leg)
+            except UserError as error:  # settings that do not fit together
+                log.warning("trial %d: failed: %s", leg.trial, error)
+                self._note(leg.trial, Outcome("failed", error=str(error)))
+        return None
 
     def ended(self, end: End) -> Outcome:
         """Write down what came of a task."""
-        number = end.task.leg.trial
         outcome = read_outcome(end.task.run_dir, self.plan.objective, end.error)
         if self.plan.search.exchanges and outcome.state == "done":
             self._keep(end.task)
+        self._note(end.task.leg.trial, outcome)
+        return outcome
+
+    def _next_leg(self) -> Leg | None:
+        if self.cut_off:
+            return self.cut_off.pop(0)
+        leg = self.plan.search.ask(self.journal.trials)
+        if leg is not None:
+            self.journal.begun(leg, self._run(leg))
+        return leg
+
+    def _note(self, number: int, outcome: Outcome) -> None:
         self.journal.ended(number, outcome)
         if outcome.state == "failed":
             self.failures += 1
@@ -124,7 +134,6 @@ class Sweep:
         if best(self.journal.trials) == number:
             recipe = self.plan.recipe_of(self.journal.trials[number].legs[-1])
             write_file(self.path / "best.yaml", recipe.to_yaml().encode())
-        return outcome
 
     def best(self) -> dict[str, Any] | None:
         """The best trial so far."""
