@@ -699,6 +699,21 @@ def test_heads_resume_and_are_told_apart(tiny_data: Path, tmp_path: Path) -> Non
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
+def test_members_are_planned(
+    batched: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step of three members computes what three steps do, and no strategy is offered that refuses them."""
+    found = []
+    for number in (None, 3):
+        recipe = batched["recipe"].set("members", number).set("strategy", "ddp")
+        (tmp_path / "members.yaml").write_text(recipe.to_yaml())
+        assert main(["plan", str(tmp_path / "members.yaml"), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    one, three = found
+    assert three["parameters"]["model"] == 3 * one["parameters"]["model"]
+    assert "zero3" not in json.dumps(three["strategies"])
+
+
 def test_members_of_a_regression(tmp_path: Path) -> None:
     """Targets of one number, each member with its own rows, with predicted variance and weight decay."""
     recipe = line_recipe(tmp_path).set("optimizer", {"name": "sgd", "learning_rate": 0.01})

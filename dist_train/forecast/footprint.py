@@ -9,7 +9,7 @@ from dist_train.engine.layers import VIEW_ELEMENTS
 from dist_train.engine.zero import ZERO_BUCKET
 from dist_train.forecast.tracing import Step
 from dist_train.recipe import Recipe
-from dist_train.recipe.checks import WHOLE_TENSORS
+from dist_train.recipe.checks import SHARDED_WEIGHTS, WHOLE_TENSORS
 from dist_train.strategies import SHARDED
 
 FASTEST_FIRST: tuple[dict[str, Any], ...] = (
@@ -103,6 +103,8 @@ def candidates(recipe: Recipe, ranks: int) -> list[dict[str, Any]]:
         if alone if ranks > 1 else not alone and not offloads:
             continue
         if (whole or recipe.placement) and strategy["name"] in SHARDED:
+            continue
+        if recipe.members and strategy["name"] in SHARDED_WEIGHTS:
             continue
         found.append(dict(strategy))
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +19,13 @@ class Members(nn.Module):
 
     It puts out (B, M, ...). In training with `own_rows` each input is (B, M, ...), of which member m sees [:, m]; else,
     and in evaluation, all members see the same (B, ...). A member's gradients are those of its own outputs alone.
+    The first of the modules becomes the one that the stacked weights are put into.
     """
 
     def __init__(self, members: Sequence[nn.Module], own_rows: bool) -> None:
         super().__init__()
         self.count, self.own_rows = len(members), own_rows
-        self.network = copy.deepcopy(members[0])
+        self.network = members[0]
         parameters, buffers = torch.func.stack_module_state(list(members))
         for name, stacked in {**parameters, **buffers}.items():
             path, _, leaf = name.rpartition(".")
