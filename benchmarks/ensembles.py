@@ -1,9 +1,9 @@
-"""Ensembles on fashion-mnist (C8): trains the members, judges them on the test split once, rewrites the table of
+"""Ensembles on fashion-mnist (C8): trains the members, judges them on the test split, rewrites the table of
 docs/RESULTS.md and the plot of docs/course/ensembles.md.
 
     python benchmarks/ensembles.py [--runs runs/ensembles] [--read]
 
-Settings were chosen on the validation split. `--read` trains nothing: it judges the runs that are there.
+Choose settings on the validation split. `--read` trains nothing: it judges the runs that are there.
 """
 
 import argparse
