@@ -64,7 +64,9 @@ def check_strategy(strategy: Any, where: str) -> None:
     if name.startswith("zero"):
         known += ["offload", "deepspeed"]
     if name == "zero3":
-        known += ["persistence_threshold", "view_elements"]
+        known += ["persistence_threshold"]
+    if name in ("zero3", "fsdp2"):
+        known += ["view_elements"]
     if name == "fsdp2":
         known += ["offload", "shard_degree", "reshard_after_forward"]
     if "nvme_path" in strategy or strategy.get("offload") == "nvme":

@@ -43,6 +43,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "fsdp2-kept": {"name": "fsdp2", "reshard_after_forward": False},
     "fsdp2-hybrid": {"name": "fsdp2", "shard_degree": 2},
     "zero3-layers": {"name": "zero3", "persistence_threshold": 12, "view_elements": 0},
+    "fsdp2-layers": {"name": "fsdp2", "view_elements": 0},
     "zero1-offload": {"name": "zero1", "offload": "optimizer"},
     "zero2-offload": {"name": "zero2", "offload": "optimizer"},
     "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
@@ -706,7 +707,7 @@ def run_checks(world: World, strategies: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {check: {} for check in CHECKS}
     for strategy in strategies:
         for check, function in CHECKS.items():
-            varied = LAYERED if strategy == "zero3-layers" else VARIED
+            varied = LAYERED if strategy.endswith("-layers") else VARIED
             if "-" in strategy and check not in varied:
                 continue
             if check.startswith("branches") and strategy.startswith("zero"):

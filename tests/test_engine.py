@@ -28,10 +28,14 @@ LOADERS = ("single", *cases.MOVED)
 EXACT = 1e-6  # of sums in another order, in fp32
 each = pytest.mark.parametrize("strategy", STRATEGIES)
 each_and_varied = pytest.mark.parametrize("strategy", ("single", *cases.STRATEGIES))
-each_and_layers = pytest.mark.parametrize("strategy", (*STRATEGIES, "zero3-layers"))
+LAYERED = ("zero3-layers", "fsdp2-layers")
+each_and_layers = pytest.mark.parametrize("strategy", (*STRATEGIES, *LAYERED))
 each_way = pytest.mark.parametrize(
     ("strategy", "way"),
-    [*itertools.product(STRATEGIES, ("streamed", "given")), ("zero3-layers", "given")],
+    [
+        *itertools.product(STRATEGIES, ("streamed", "given")),
+        *((name, "given") for name in LAYERED),
+    ],
 )
 streamed_and_given = pytest.mark.parametrize("way", ("streamed", "given"))
 
@@ -212,8 +216,9 @@ def test_frozen_view_passes_gradients_to_its_input_only(found: Found, strategy: 
     assert torch.tensor(truth["generator"]["0.weight"]).abs().max() > 0.001
 
 
-def test_a_frozen_view_by_layer_is_the_whole_one_bit_for_bit(found: Found) -> None:
-    by_layer, whole = found("frozen", "zero3-layers"), found("frozen", "zero3")
+@pytest.mark.parametrize("strategy", ("zero3", "fsdp2"))
+def test_a_frozen_view_by_layer_is_the_whole_one_bit_for_bit(found: Found, strategy: str) -> None:
+    by_layer, whole = found("frozen", f"{strategy}-layers"), found("frozen", strategy)
     assert by_layer["generator"] == whole["generator"]
 
 

@@ -22,6 +22,7 @@ from dist_train.engine.base import (
     constant_like,
     materialise,
 )
+from dist_train.engine.layers import VIEW_ELEMENTS, Shards
 from dist_train.engine.norm import global_norm
 from dist_train.engine.update import Update
 from dist_train.engine.views import plain_name
@@ -31,6 +32,9 @@ from dist_train.networks.blocks import blocks_of
 from dist_train.networks.deferred import value_of
 from dist_train.strategies import check_ranks
 from dist_train.world import World
+
+SMALL = 10_000
+"""Weights of up to so many elements views gather together."""
 
 
 class FsdpEngine(Engine):
@@ -77,6 +81,10 @@ class FsdpEngine(Engine):
         self.optimizer_state = self._slices_of_state()
         self._sum: list[Tensor | None] | None = None
         self._last: bool | None = None
+        budget = strategy.get("view_elements", VIEW_ELEMENTS)
+        self._seen = FsdpShards(self, small=min(SMALL, budget))
+        if sum(self._seen.sizes.values()) > budget:
+            self.views.gather_by_layer(self._seen, budget)
 
     # -- how it is shared out ----------------------------------------------------------------------------------------
 
@@ -217,22 +225,35 @@ class FsdpEngine(Engine):
         assert self._sum is not None
         sums = dict(zip(self.trained, self._sum, strict=True))
         self._sum = None
+        if self.views.by_layer:  # of large weights the sums are there already
+            self._take_slices(sums)
         for bucket in self._buckets:
-            trained = [name for name in bucket if name in self.trained]
+            trained = [name for name in bucket if name in sums]
             if not trained:
                 continue
             rows = [self._rows(name, sums.pop(name)) for name in trained]  # (degree, share) each
-            mine = torch.cat(rows, dim=1)
-            if self.degree > 1:
-                every = mine.view(-1)
-                mine = every.new_empty(len(every) // self.degree)
-                dist.reduce_scatter_tensor(mine, every, group=self._mesh.get_group("shard"))
-            mine = mine.view(-1)
-            if self.degree < self.world.size:
-                dist.all_reduce(mine, group=self._mesh.get_group("replicate"))
+            mine = self._sum_rows(torch.cat(rows, dim=1))
             for name, part in zip(trained, mine.split([r.shape[1] for r in rows]), strict=True):
                 if name in self._shards:
                     self._shards[name].grad = part[: self._shards[name].numel()]
+
+    def _take_slices(self, sums: dict[str, Tensor | None]) -> None:
+        for name in self._seen.sizes:
+            part = sums.pop(name, None)
+            if name in self._shards:
+                shard = self._shards[name]
+                shard.grad = torch.zeros_like(shard) if part is None else part[: shard.numel()]
+
+    def _sum_rows(self, rows: Tensor) -> Tensor:
+        """The sum over all ranks of what each of a group holds, (degree, n): this rank's row of it."""
+        mine = rows.reshape(-1)
+        if self.degree > 1:
+            every = mine
+            mine = every.new_empty(len(every) // self.degree)
+            dist.reduce_scatter_tensor(mine, every, group=self._mesh.get_group("shard"))
+        if self.degree < self.world.size:
+            dist.all_reduce(mine, group=self._mesh.get_group("replicate"))
+        return mine
 
     def _rows(self, name: str, whole: Tensor | None) -> Tensor:
         """A whole tensor as what each rank holds of it, (degree, share), the last ones padded."""
@@ -291,10 +312,15 @@ class FsdpEngine(Engine):
     def _states(self) -> Iterator[dict[str, Any]]:
         yield from self.optimizer.state.values()
 
-    @torch.no_grad()
     def _gather_weights(self) -> dict[str, Tensor]:
+        whole = self._gathered(self._buckets)
+        return {name: whole[name] for name in self.names}
+
+    @torch.no_grad()
+    def _gathered(self, buckets: Iterable[Sequence[str]]) -> dict[str, Tensor]:
+        """Weights whole, in memory of their own; a collective a bucket."""
         whole: dict[str, Tensor] = {}
-        for bucket in self._buckets:
+        for bucket in buckets:
             sizes = [self._share(name) for name in bucket]
             locals_ = [_local(self.names[name]) for name in bucket]
             padded = [F.pad(f, (0, s - f.numel())) for f, s in zip(locals_, sizes, strict=True)]
@@ -307,7 +333,26 @@ class FsdpEngine(Engine):
             for name, rows in zip(bucket, columns, strict=True):
                 shape = self.names[name].shape
                 whole[name] = rows.reshape(-1)[: shape.numel()].view(shape)
-        return {name: whole[name] for name in self.names}
+        return whole
+
+
+class FsdpShards(Shards):
+    """Weights as FSDP2 holds them, for the views: of each the rows of a rank."""
+
+    def __init__(self, engine: FsdpEngine, small: int) -> None:
+        self.engine = engine
+        self.sizes = {n: p.numel() for n, p in engine.names.items() if p.numel() > small}
+        self.lengths = {name: engine._share(name) for name in self.sizes}
+
+    def small(self) -> dict[str, Tensor]:
+        rest = [[n for n in b if n not in self.sizes] for b in self.engine._buckets]
+        return self.engine._gathered(bucket for bucket in rest if bucket)
+
+    def gather(self, name: str) -> Tensor:
+        return self.engine._gathered([[name]])[name]
+
+    def scatter(self, name: str, gradient: Tensor) -> Tensor:
+        return self.engine._sum_rows(self.engine._rows(name, gradient))
 
 
 class Calls:

@@ -191,8 +191,8 @@ class _Saved(NamedTuple):
 
 def regathered() -> torch.autograd.graph.saved_tensors_hooks:
     """Within this block no graph keeps a gathered weight: backward gathers it again, also a double one, whose own
-    graph is made where the first backward is called. Not around a live network under ZeRO-3, which swaps the memory
-    behind the weights that a graph keeps."""
+    graph is made where the first backward is called. Not around a live network under zero3 or fsdp2, which swap
+    the memory behind the weights that a graph keeps."""
     return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
 
@@ -208,7 +208,7 @@ def _unpack(saved: Any) -> Tensor:
         return saved
     if saved.version != saved.layers.version:
         raise UserError(
-            f"objective: a gradient goes through weights of an earlier turn ('{saved.name}'), which zero3 has dropped;"
+            f"objective: a gradient goes through weights of an earlier turn ('{saved.name}'), which are gone;"
             " detach what is kept from turn to turn"
         )
     weight = saved.layers.whole(saved.name).detach()
@@ -237,5 +237,5 @@ def check_same_order(world: World) -> None:
     if world.size > 1 and world.largest(_used.digest) != -world.largest(-_used.digest):
         raise UserError(
             "objective: this step's networks were called in another order, or with other branches, on some ranks,"
-            " and zero3 gathers weights layer by layer; set strategy.view_elements to the size of the player"
+            " and their weights are gathered layer by layer; set strategy.view_elements to the size of the player"
         )
