@@ -30,6 +30,7 @@ PACKAGES = (
     "accelerate",
     "ray",
     "wandb",
+    "optuna",
     "datasets",
     "webdataset",
     "mlxtend",
