@@ -101,7 +101,7 @@ class LocalMean(Callback):
     def run_begins(self, run: Any) -> None:
         size = run.world.size
         if size > 1:
-            run._batch_weight = lambda batch: sum(run.objective.weight(m) for m in batch) * size
+            run.batch_weight = lambda batch: sum(run.objective.weight(m) for m in batch) * size
 
 
 class TwiceUpdatedBuffer(Callback):

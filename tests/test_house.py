@@ -161,7 +161,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "starting_weights",
     },
     {"callbacks", "data"},
-    {"trainer"},
+    {"trainer", "loop", "evaluation", "state", "unfinished"},
     {"forecast.footprint", "forecast.auto"},
     {"assembly"},
     {"run"},

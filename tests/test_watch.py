@@ -59,7 +59,7 @@ def test_a_hang_is_found_named_and_ended(
     assert report.startswith(f"hang: nothing moved for {LIMIT:g} s: {HANGS[what, ranks]}"), report
     stacks = report.split("\nstacks of rank ")[1:]
     assert len(stacks) == ranks
-    assert all("trainer.py" in text and "in train" in text for text in stacks), report
+    assert all("loop.py" in text and "in train" in text for text in stacks), report
 
 
 def test_a_network_that_falls_silent(tiny_data: Path, tmp_path: Path) -> None:
