@@ -1,4 +1,4 @@
-"""What a step of our engine costs beside torch's DistributedDataParallel and DeepSpeed used directly: interleaved.
+"""What a step of our engine costs beside torch's DistributedDataParallel and fully_shard, and DeepSpeed: interleaved.
 
     python benchmarks/engine.py [--ranks 2] [--rounds 20] [--json]
 
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.engine import make_engine
@@ -30,13 +31,13 @@ from dist_train.optimizers import adamw
 from dist_train.ranks import start_ranks
 from dist_train.world import World, pin_threads
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 WARM_UP, STEPS = 3, 3
 BATCH, LENGTH, VOCABULARY = 4, 128, 256
 Step = Callable[[Tensor, Tensor], None]
 
 
-def network() -> nn.Module:
+def network() -> Any:
     torch.manual_seed(0)
     return Transformer(VOCABULARY, dim=192, depth=4, num_heads=4, max_length=LENGTH)
 
@@ -81,6 +82,19 @@ def raw(strategy: str, world: World) -> Step:
             update.step()
 
         return step
+    if strategy == "fsdp2":
+        for part in [*module.blocks, module]:
+            sharded = fully_shard(part, reshard_after_forward=True)
+            sharded.set_gradient_divide_factor(1.0)  # gloo has sums alone
+            sharded.set_force_sum_reduction_for_comms(True)
+        update = optimizer(groups(module.named_parameters()))
+
+        def fsdp_step(tokens: Tensor, targets: Tensor) -> None:
+            update.zero_grad()
+            (loss_of(module(tokens), targets) / world.size).backward()
+            update.step()
+
+        return fsdp_step
     from dist_train.engine.zero import configuration, import_deepspeed
 
     engine, *_ = import_deepspeed().initialize(

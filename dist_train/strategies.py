@@ -45,6 +45,7 @@ OWNED_BY_THE_RECIPE = {
     "zero_allow_untested_optimizer": "optimizer",
     "zero_force_ds_cpu_optimizer": "optimizer",
     "zero_optimization.stage": "strategy.name",
+    "zero_optimization.mics_shard_size": "strategy.shard_degree of fsdp2 (DeepSpeed has removed MiCS)",
     "zero_optimization.offload_optimizer": "strategy.offload",
     "zero_optimization.offload_param": "strategy.offload",
     "zero_optimization.stage3_param_persistence_threshold": "strategy.persistence_threshold",

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, nearest
 from dist_train.launch.backend import Backend, Job, Status
 from dist_train.launch.local import Local, ended
 from dist_train.ranks.parent import die_with_parent
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.settings import short
-from dist_train.strategies import NO_DISK
+from dist_train.strategies import NO_DISK, STRATEGIES
 from dist_train.yaml_text import read_yaml
 
 if TYPE_CHECKING:
@@ -31,6 +31,24 @@ CONFIGS = Path(__file__).parent / "accelerate_configs"
 CONFIG = "accelerate.json"
 REQUEUE = 75
 STAGES = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
+FSDP: dict[str, tuple[tuple[str, ...], str]] = {
+    "SHARDING_STRATEGY": (("full_shard", "1"), "groups of ranks are strategy.shard_degree"),
+    "AUTO_WRAP_POLICY": (
+        ("transformer_based_wrap",),
+        "fsdp2 gathers repeated blocks by themselves: expected TRANSFORMER_BASED_WRAP",
+    ),
+    "TRANSFORMER_CLS_TO_WRAP": ((), "fsdp2 finds the repeated blocks itself"),
+    "BACKWARD_PREFETCH": (("backward_pre",), "fsdp2 has one order: expected BACKWARD_PRE"),
+    "FORWARD_PREFETCH": ((), "a block is gathered when it is called"),
+    "ACTIVATION_CHECKPOINTING_OFFLOAD": ((), "activation_checkpointing keeps inputs on the device"),
+    "IGNORED_MODULES": ((), "every weight has its strategy"),
+}
+"""Of accelerate's settings of FSDP 2 what each may say, and why nothing else."""
+FSDP_TAKEN = ("VERSION", "RESHARD_AFTER_FORWARD", "OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING")
+FSDP_MEANINGLESS = (
+    *("MIN_NUM_PARAMS", "USE_ORIG_PARAMS"),  # of other policies, and of version 1
+    *("STATE_DICT_TYPE", "CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES"),  # Accelerator's own
+)
 UNSAID = ("", "no", "none", "auto", "false")
 """What accelerate exports where nothing was asked."""
 
@@ -128,6 +146,8 @@ def _asked(environ: Mapping[str, str]) -> Iterator[Asked]:
                 f"accelerate says {dynamo[1]}, which a recipe cannot: expected inductor"
             )
         yield Asked("compile", True, dynamo[1])
+    if said("ACCELERATE_USE_FSDP"):
+        yield from _from_fsdp(environ)
     if said("ACCELERATE_USE_DEEPSPEED") is None:
         return
     if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").replace("none", ""):
@@ -145,6 +165,42 @@ def _asked(environ: Mapping[str, str]) -> Iterator[Asked]:
         yield Asked("clipping", float(clipping[0]), clipping[1])
     if steps := said("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
         yield Asked("accumulation", int(steps[0]), steps[1])
+
+
+def _from_fsdp(environ: Mapping[str, str]) -> Iterator[Asked]:
+    """`fsdp2` out of the environment of FSDP version 2; UserError, with the reason, for what else it says."""
+    told = {
+        name.removeprefix("FSDP_"): value
+        for name, value in environ.items()
+        if name.startswith("FSDP_")
+    }
+    version = told.get("VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"accelerate says FSDP_VERSION={version}, expected 2 (fsdp_config: {{fsdp_version: 2}}):"
+            " fsdp2 is torch's fully_shard"
+        )
+    known = (*FSDP, *FSDP_TAKEN, *FSDP_MEANINGLESS)
+    for name, value in told.items():
+        allowed, reason = FSDP.get(name, ((), f"no setting of fsdp2{nearest(name, known)}"))
+        if name in (*FSDP_TAKEN, *FSDP_MEANINGLESS) or value.lower() in (*UNSAID, *allowed):
+            continue
+        raise UserError(f"accelerate says FSDP_{name}={value}, which a recipe cannot: {reason}")
+    reshards = told.get("RESHARD_AFTER_FORWARD", "true")
+    if reshards.lower() not in ("true", "false"):
+        raise UserError(
+            f"accelerate says FSDP_RESHARD_AFTER_FORWARD={reshards}, expected true or false"
+        )
+    strategy: dict[str, Any] = {"name": "fsdp2"}
+    words = f"FSDP_VERSION=2, FSDP_RESHARD_AFTER_FORWARD={reshards}"
+    if reshards.lower() == "false":
+        strategy["reshard_after_forward"] = False
+    if (offload := told.get("OFFLOAD_PARAMS", "false")).lower() == "true":
+        strategy["offload"] = "all"
+        words += f", FSDP_OFFLOAD_PARAMS={offload}"
+    yield Asked("strategy", strategy, words)
+    if told.get("ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+        yield Asked("activation_checkpointing", "auto", "FSDP_ACTIVATION_CHECKPOINTING=true")
 
 
 def _from_deepspeed(file: Path) -> Iterator[Asked]:
@@ -219,9 +275,8 @@ def _with(recipe: Recipe, key: str, value: Any, words: str) -> Recipe:
 def _refuse(environ: Mapping[str, str]) -> None:
     """What accelerate can be asked for and a recipe has no word for."""
     for name, what in (
-        ("ACCELERATE_USE_FSDP", "strategies are single, ddp, zero1, zero2 and zero3"),
-        ("ACCELERATE_USE_MEGATRON_LM", "strategies are single, ddp, zero1, zero2 and zero3"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "strategies are single, ddp, zero1, zero2 and zero3"),
+        ("ACCELERATE_USE_MEGATRON_LM", f"strategies are {', '.join(STRATEGIES)}"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "hybrid sharding is strategy.shard_degree"),
     ):
         if environ.get(name, "").lower() not in UNSAID:
             raise UserError(

@@ -17,7 +17,7 @@ from dist_train.recipe import Recipe
 from dist_train.verify.parity import Losses
 from dist_train.world import World, pin_threads
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-all")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-all", "fsdp2")
 WAYS = ("streamed", "given", "penalty", "bf16")
 RUNS = (
     "transformer-activation_checkpointing-zero2",

@@ -140,6 +140,8 @@ def tiny_recipe(model: str, data: Path | str, *, micro_batches: int = 4, **setti
 
 def strategy(name: str) -> dict[str, Any]:
     """A strategy that really shards tiny tensors, and whose views gather them layer by layer."""
+    if name == "fsdp2-hybrid":  # for four ranks
+        return {"name": "fsdp2", "shard_degree": 2}
     tiny = {"persistence_threshold": 0, "view_elements": 0} if name == "zero3" else {}
     return {"name": name, **tiny}
 

@@ -18,12 +18,14 @@ import cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from dist_train import checkpoint, run
 from dist_train.callbacks import Callback
 from dist_train.engine import Engine, buckets, make_engine
 from dist_train.errors import UserError
 from dist_train.networks import Player
+from dist_train.networks.blocks import compile_forward
 from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.verify.payload import Payload
@@ -44,6 +46,11 @@ SPECS: dict[str, dict[str, Any]] = {
     "fsdp2-hybrid": {"name": "fsdp2", "shard_degree": 2},
     "zero3-layers": {"name": "zero3", "persistence_threshold": 12, "view_elements": 0},
     "fsdp2-layers": {"name": "fsdp2", "view_elements": 0},
+    "zero3-hpz": {
+        "name": "zero3",
+        "persistence_threshold": 0,
+        "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}},
+    },
     "zero1-offload": {"name": "zero1", "offload": "optimizer"},
     "zero2-offload": {"name": "zero2", "offload": "optimizer"},
     "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
@@ -56,8 +63,9 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 """`zero3` shards every tensor; `zero3-persistent` keeps small ones whole, as it does by default, and gathers ahead;
 `zero3-layers` keeps biases whole, and its views gather everything else when it is used;
-`fsdp2-hybrid` is for four ranks."""
-STRATEGIES = tuple(name for name in SPECS if name not in ("single", "fsdp2-hybrid"))
+`fsdp2-hybrid` and `zero3-hpz` are for four ranks."""
+FOUR_RANKS = ("fsdp2-hybrid", "zero3-hpz")
+STRATEGIES = tuple(name for name in SPECS if name not in ("single", *FOUR_RANKS))
 MOVED = (
     *("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-offload", "zero3-all"),
     "fsdp2",
@@ -844,6 +852,8 @@ def four_ranks(folder: str) -> dict[str, Any]:
         MICRO_BATCHES = 4 if check in ("frozen", "overflow-streamed") else 8
         found[check] = CHECKS[check](world, name)
     MICRO_BATCHES = 4
+    for check in ("clip-norm-streamed", "clip-norm-given", "traffic"):
+        found[f"hpz-{check}"] = CHECKS[check](world, "zero3-hpz")
     found["saved"] = save_all(world, (name,), Path(folder))
     found["loaded"] = load_all(world, [f"{name}-4", "single-1"], (name,), Path(folder))
     world.leave()
@@ -881,6 +891,27 @@ def at_odds(way: str, alike: bool) -> str:
         return str(error)
     world.leave()
     return ""
+
+
+def compiled() -> dict[str, Any]:
+    """The weights after two turns, by what is compiled; and the frames that were."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    found: dict[str, Any] = {}
+    x, y = batches(1)[0]
+    for what in ("nothing", "blocks", "network"):
+        module = Halves()
+        counters.clear()
+        for part in {"nothing": [], "blocks": module.halves, "network": [module]}[what]:
+            compile_forward(part)
+        e = engine_of("fsdp2", world, module)
+        both = lambda net, x: sum(net(x, "forward", half).square().mean() for half in (0, 1))
+        for _ in range(2):
+            accumulate(e, x, y, loss=both)
+            e.step()
+        found[what] = {"weights": numbers(e.full_weights()), "frames": counters["frames"]["ok"]}
+    world.leave()
+    return found
 
 
 def single_number() -> str:

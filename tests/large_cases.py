@@ -163,11 +163,11 @@ def loaded(recipe: Recipe, world: World, folder: Path, other: Path) -> dict[str,
         return found | {"resumed": trainer.measure()["loss"]}
 
 
-def limited(work: str, data: str, folder: str) -> dict[str, Any]:
-    """What a rank does under zero3 with a network, with room for less than a copy of it."""
-    here, small = Path(folder), recipe(data, "zero3", 8, 2)
+def limited(strategy: str, work: str, data: str, folder: str) -> dict[str, Any]:
+    """What a rank does under zero3 or fsdp2 with a network, with room for less than a copy of it."""
+    here, small = Path(folder), recipe(data, strategy, 8, 2)
     world = limited_world(lambda world: two_steps(small, world, here / f"small-{work}"), LIMIT)
-    large = recipe(data, "zero3")
+    large = recipe(data, strategy)
     if work == "train":
         found = two_steps(large, world, here / "run")
     else:

@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "muon": ({}, ["exp_avg", "exp_avg_sq", "momentum_buffer"]),
 }
 WHOLE = ("adafactor", "muon")
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "fsdp2")
 PAIRS = [
     (optimizer, strategy)
     for strategy in STRATEGIES

@@ -19,7 +19,7 @@ STEPS = 5
 BOUND = 1e-6
 TIMES_FLOOR = 3.0
 """What is beyond the bound may be so many times its own floor."""
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 FACTORS = (tuple(FAMILIES), STRATEGIES, (1, 2, 4), (1, 3), tuple(CLIPS))
 """Model, strategy, ranks, accumulation, clipping."""
 Case = tuple[str, str, int, int, str]

@@ -17,7 +17,7 @@ from dist_train.networks.batch_norm import synchronise
 from dist_train.networks.blocks import recompute_activations
 from dist_train.world import World, pin_threads
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 WAYS = ("streamed", "recomputed", "given", "frozen")
 
 

@@ -37,6 +37,37 @@ def zero(stage: int, **more: str) -> dict[str, str]:
     } | more
 
 
+def fsdp(**more: str) -> dict[str, str]:
+    """What `accelerate launch --use_fsdp --fsdp_version 2` exports, and more."""
+    told = {
+        "VERSION": "2",
+        "SHARDING_STRATEGY": "FULL_SHARD",
+        "RESHARD_AFTER_FORWARD": "true",
+        "OFFLOAD_PARAMS": "false",
+        "MIN_NUM_PARAMS": "100000000",
+        "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "BACKWARD_PREFETCH": "BACKWARD_PRE",
+        "STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FORWARD_PREFETCH": "false",
+        "USE_ORIG_PARAMS": "true",
+        "CPU_RAM_EFFICIENT_LOADING": "true",
+        "SYNC_MODULE_STATES": "true",
+        "ACTIVATION_CHECKPOINTING": "false",
+        "ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
+    } | more
+    return {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{key}": value for key, value in told.items()}
+
+
+def test_fsdp_of_version_2_is_fsdp2(tiny_data: Path) -> None:
+    open_ = recipe(tiny_data)
+    assert adopt(open_, fsdp()).strategies == {"model": {"name": "fsdp2"}}
+    kept = adopt(open_, fsdp(RESHARD_AFTER_FORWARD="false", ACTIVATION_CHECKPOINTING="true"))
+    assert kept.strategies == {"model": {"name": "fsdp2", "reshard_after_forward": False}}
+    assert kept.activation_checkpointing == "auto"
+    grouped = recipe(tiny_data, strategy={"name": "fsdp2", "shard_degree": 2})
+    assert adopt(grouped, fsdp()).as_dict() == grouped.as_dict()
+
+
 def test_what_the_recipe_leaves_open_comes_from_accelerate(tiny_data: Path) -> None:
     open_ = recipe(tiny_data)
     assert adopt(open_, {}).as_dict() == open_.as_dict()
@@ -76,7 +107,19 @@ def test_what_both_say_alike_is_fine(tiny_data: Path) -> None:
             {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
             ["compile", "layer*", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR"],
         ),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, ["ACCELERATE_USE_FSDP=true", "zero3"]),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, ["FSDP_VERSION=1", "expected 2"]),
+        ({}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM=true", "fsdp2"]),
+        ({}, fsdp(VERSION="1"), ["FSDP_VERSION=1", "expected 2"]),
+        ({}, fsdp(SHARDING_STRATEGY="HYBRID_SHARD"), ["HYBRID_SHARD", "strategy.shard_degree"]),
+        ({}, fsdp(TRANSFORMER_CLS_TO_WRAP="Block"), ["CLS_TO_WRAP=Block", "finds the repeated"]),
+        ({}, fsdp(RESHARD_AFTER_FORWARD="SHARD_GRAD_OP"), ["SHARD_GRAD_OP", "true or false"]),
+        (
+            {},
+            fsdp(OFFLOAD_PARAMS="true"),
+            ["FSDP_OFFLOAD_PARAMS=true", "strategy.offload", "zero3"],
+        ),
+        ({}, fsdp(RESHARD_AFTER_FORWARDS="true"), ["FORWARDS=true", "'RESHARD_AFTER_FORWARD'"]),
+        ({"strategy": "zero3"}, fsdp(), ["strategy", "zero3", "FSDP_VERSION=2"]),
     ],
 )
 def test_what_they_say_differently_is_refused_by_both_names(
@@ -108,13 +151,19 @@ def test_a_deepspeed_file_is_read(tiny_data: Path, tmp_path: Path) -> None:
         adopt(recipe(tiny_data), environ)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_the_ready_configurations_say_their_name(tiny_data: Path, name: str) -> None:
     """As accelerate itself reads them."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes, config.mixed_precision) == (1, 2, "no")
-    stage = config.deepspeed_config["zero_stage"] if name != "ddp" else 0
-    assert (config.distributed_type == "DEEPSPEED") == (name != "ddp")
-    assert adopt(recipe(tiny_data), zero(stage)).strategies["model"]["name"] == name
+    if name == "fsdp2":
+        assert config.distributed_type == "FSDP"
+        said = {key.removeprefix("fsdp_").upper(): str(v) for key, v in config.fsdp_config.items()}
+        environ = {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{k}": v for k, v in said.items()}
+    else:
+        stage = config.deepspeed_config["zero_stage"] if name != "ddp" else 0
+        assert (config.distributed_type == "DEEPSPEED") == (name != "ddp")
+        environ = zero(stage)
+    assert adopt(recipe(tiny_data), environ).strategies["model"]["name"] == name

@@ -14,8 +14,8 @@ from dist_train import checkpoint
 from dist_train.testing import spawn_ranks
 
 pytestmark = pytest.mark.soak
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-PLACES = {1: ("single", *STRATEGIES), 2: STRATEGIES, 4: STRATEGIES}
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+PLACES = {1: ("single", *STRATEGIES), 2: STRATEGIES, 4: (*STRATEGIES, "fsdp2-hybrid")}
 ENDS = [f"{name}-{ranks}" for ranks, names in PLACES.items() for name in names]
 
 

@@ -93,6 +93,17 @@ def test_hybrid_payload(hybrid: dict[str, Any]) -> None:
         assert result["bytes"][str(count)] == pytest.approx(due, rel=0.02), count
 
 
+def test_deepspeeds_own_secondary_shards_compute_the_same(hybrid: dict[str, Any]) -> None:
+    """`zero_hpz_partition_size` gathers for backward within a group of 2 of the 4 ranks."""
+    result = hybrid["ranks"][0]
+    for way in ("streamed", "given"):
+        truth = cases.plain_clip("norm")["weights"]
+        assert difference(result[f"hpz-clip-norm-{way}"]["weights"], truth) <= EXACT
+    traffic = result["hpz-traffic"]
+    due = traffic["weights"] * (2 * 3 / 4 + 1 / 2)
+    assert traffic["bytes"]["1"] == pytest.approx(due, rel=0.02)
+
+
 @pytest.mark.parametrize(
     "move",
     [
@@ -118,6 +129,14 @@ def test_ranks_that_use_different_blocks_are_told() -> None:
         assert "called other blocks" in told and "\n" not in told
 
 
+def test_compiled_blocks_are_gathered_too() -> None:
+    """torch's hooks stand outside of a compiled block, and break the graph of a compiled network at each."""
+    found = spawn_ranks(2, cases.compiled, timeout=120)[0]
+    for what in ("blocks", "network"):
+        assert found[what]["frames"] >= 2
+        assert difference(found[what]["weights"], found["nothing"]["weights"]) <= EXACT
+
+
 def test_what_cannot_be_shared_out_is_refused() -> None:
     (told,) = spawn_ranks(1, cases.single_number, timeout=60)
     assert "net.temperature is a single number" in told
@@ -138,6 +157,9 @@ def test_settings() -> None:
         with pytest.raises(UserError, match=words) as caught:
             check_strategy({"name": "fsdp2", **wrong}, "strategy")
         assert "\n" not in str(caught.value)
+    mics = {"zero_optimization": {"mics_shard_size": 2}}
+    with pytest.raises(UserError, match="has removed MiCS"):
+        check_strategy({"name": "zero3", "deepspeed": mics}, "strategy")
     with pytest.raises(UserError, match="does not divide 4 ranks; these would: 1, 2, 4"):
         check_ranks({"name": "fsdp2", "shard_degree": 3}, 4, "strategy")
     check_ranks({"name": "fsdp2", "shard_degree": 2}, 4, "strategy")

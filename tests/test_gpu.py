@@ -20,7 +20,7 @@ from dist_train.verify import verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STEPS = 8
 
 
@@ -41,7 +41,7 @@ def test_one_process_is_two_ranks_is_every_stage(model: str, tiny_data: Path) ->
     found = verify(cases.tiny_recipe(model, tiny_data), ranks=2, steps=3)
     print(found)
     assert found["passed"] and found["device"].startswith("cuda")
-    assert [row["run"] for row in found["rows"][1:5]] == list(STRATEGIES)
+    assert [row["run"] for row in found["rows"][1:6]] == list(STRATEGIES)
     assert all(row["verdict"] == "pass" for row in found["rows"])
 
 

@@ -110,11 +110,12 @@ def test_a_constructor_that_needs_values_is_run_whole(caplog: pytest.LogCaptureF
 
 @pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux")
-def test_zero3_where_no_rank_has_room_for_a_copy(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ("zero3", "fsdp2"))
+def test_where_no_rank_has_room_for_a_copy(strategy: str, tiny_data: Path, tmp_path: Path) -> None:
     """8 ranks build, train, evaluate, save, resume and start from weights under a limit below one copy."""
     found: dict[str, Any] = {}
     for work in ("train", "load"):
-        arguments = (large_cases.limited, work, str(tiny_data), str(tmp_path))
+        arguments = (large_cases.limited, strategy, work, str(tiny_data), str(tmp_path))
         for one in spawn_ranks(8, *arguments, timeout=150):
             assert "allocate memory" in one["whole"], "the limit is below a copy"
             found |= one

@@ -12,6 +12,7 @@ import cases
 import pytest
 from slurm_cluster import wait_for
 
+from dist_train.recipe import Recipe
 from dist_train.testing import assert_same_run
 
 BIN = Path(sys.executable).parent
@@ -64,6 +65,21 @@ def test_other_launchers_make_the_same_run(
     done = start(LAUNCHERS[launcher], recipe, tmp_path / launcher, *TOLD[launcher])
     assert done.returncode == 0, done.stderr
     assert_same_run(run, tmp_path / launcher)
+
+
+def test_accelerate_with_fsdp_is_fsdp2(ours: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, _ = ours
+    command = [sys.executable, "-m", "dist_train"]
+    more = ("--set", "strategy=fsdp2", "--set", "duration=2 steps", "--ranks", "2")
+    done = start(command, recipe, tmp_path / "ours", *more)
+    assert done.returncode == 0, done.stderr
+    config = str(CONFIGS / "fsdp2.yaml")
+    command = [config if part.endswith(".yaml") else part for part in LAUNCHERS["accelerate"]]
+    more = ("--set", "strategy=null", "--set", "duration=2 steps")
+    done = start(command, recipe, tmp_path / "theirs", *more)
+    assert done.returncode == 0, done.stderr
+    assert Recipe.load(tmp_path / "theirs").strategies["critic"] == {"name": "fsdp2"}
+    assert_same_run(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_launch_on_accelerate_makes_the_same_run(ours: tuple[Path, Path], tmp_path: Path) -> None:

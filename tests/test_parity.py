@@ -15,7 +15,7 @@ import pytest
 
 from dist_train.testing import spawn_ranks
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STEP_LOCKED = 1e-6
 STEPS = 20
 GRID = [[m, s, a] for m in cases.MODELS for s in STRATEGIES for a in (1, 2)]

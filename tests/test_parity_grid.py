@@ -56,7 +56,7 @@ def free(tiny_data: Path) -> dict[str, dict[str, list[float]]]:
         ("float64", 4, ["ddp"]),
         ("fp32", 1, ["single"]),
         ("bf16", 1, ["single"]),
-        ("bf16", 2, ["ddp", "zero2", "zero3"]),
+        ("bf16", 2, ["ddp", "zero2", "zero3", "fsdp2"]),
     ):
         found[f"{precision}-{ranks}"] = spawn_ranks(
             ranks, parity_cases.losses, precision, strategies, str(tiny_data), timeout=200
@@ -81,6 +81,6 @@ def test_float64_leaves_no_doubt(
 def test_bf16_is_fp32_rounded(free: dict[str, dict[str, list[float]]], family: str) -> None:
     truth = free["fp32-1"][f"{family}-single"]
     rounded = [free["bf16-1"][f"{family}-single"]]
-    rounded += [free["bf16-2"][f"{family}-{name}"] for name in ("ddp", "zero2", "zero3")]
+    rounded += [free["bf16-2"][f"{family}-{name}"] for name in ("ddp", "zero2", "zero3", "fsdp2")]
     for losses in rounded:
         assert 0 < largest(truth, losses) <= ROUNDING

@@ -30,6 +30,9 @@ COVER = [
     ("wgan_gp", "zero1", 4, f"kill@reduce:3:{rng.randrange(10, 27)}"),
     ("wgan_gp", "zero3", 2, "kill@step:0:28"),  # after the last checkpoint but the final one
     ("wgan_gp", "zero2", 2, "kill@saved:1:2"),
+    ("transformer", "fsdp2", 4, f"kill@reduce:2:{rng.randrange(7, 19)}"),
+    ("transformer", "fsdp2-hybrid", 4, f"kill@step:1:{rng.randrange(7, 19)}"),
+    ("wgan_gp", "fsdp2", 2, "kill@step:1:22"),
 ]
 
 

@@ -107,9 +107,9 @@ def test_the_command_proves_a_recipe_with_parts_of_its_own(
     result = json.loads(capsys.readouterr().out)
     assert result["passed"] and result["steps"] == 3
     names = [row["run"] for row in result["rows"]]
-    assert names[1:5] == ["ddp", "zero1", "zero2", "zero3"]
-    assert names[5:] == ["killed, resumed (zero1)", "killed, resumed (zero1 to zero2)"]
-    assert [row["verdict"] for row in result["rows"]] == ["pass"] * 7
+    assert names[1:6] == ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+    assert names[6:] == ["killed, resumed (zero1)", "killed, resumed (zero1 to zero2)"]
+    assert [row["verdict"] for row in result["rows"]] == ["pass"] * 8
     assert all(row["worst"]["gradient"]["difference"] <= 1e-6 for row in result["rows"][:5])
 
 

@@ -15,7 +15,7 @@ from dist_train.recipe import Recipe
 from dist_train.trainer import Trainer
 from dist_train.world import World, pin_threads
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "fsdp2")
 
 
 def sources(folder: str) -> dict[str, dict[str, Any]]:

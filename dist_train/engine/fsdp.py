@@ -28,7 +28,7 @@ from dist_train.engine.update import Update
 from dist_train.engine.views import plain_name
 from dist_train.errors import UserError
 from dist_train.networks import Player
-from dist_train.networks.blocks import blocks_of
+from dist_train.networks.blocks import separable_blocks
 from dist_train.networks.deferred import value_of
 from dist_train.strategies import check_ranks
 from dist_train.world import World
@@ -90,11 +90,7 @@ class FsdpEngine(Engine):
 
     def _shard(self) -> list[Any]:
         """Share out each block, then what is left; those that are not there yet are made whole one block at a time."""
-        names = _names_of_each(self.player)
-        blocks = [m for network in self.player.networks.values() for m in blocks_of(network)]
-        # whose weights nobody outside has too
-        alone = [m for m in blocks if all(names[i] == n for i, n in _names_of_each(m).items())]
-        units: list[Any] = [*alone, self.player]
+        units: list[Any] = [*separable_blocks(self.player.networks), self.player]
         for unit in units:
             whole = [p for p in unit.parameters() if not isinstance(p, DTensor)]
             for parameter in whole:
@@ -424,14 +420,6 @@ def _local(parameter: nn.Parameter) -> Tensor:
     """This rank's rows, flat: the storage itself."""
     shared_out: Any = parameter.detach()
     return shared_out.to_local().view(-1)
-
-
-def _names_of_each(module: nn.Module) -> dict[int, int]:
-    """{id of a parameter: under how many names it is there}."""
-    count: dict[int, int] = {}
-    for _, parameter in module.named_parameters(remove_duplicate=False):
-        count[id(parameter)] = count.get(id(parameter), 0) + 1
-    return count
 
 
 def _mesh(world: World, degree: int) -> DeviceMesh:

@@ -60,6 +60,8 @@ def rank_memory(
             "gradients": trained,
             "activations": peak,
         }
+    if name == "fsdp2":
+        return held | _fsdp2(step, strategy, strategy.get("shard_degree", ranks), micro_batches)
     part, frozen = -(-trained // ranks), weights - trained
     on_host = offload != "none"
     held["optimizer"] = (
@@ -87,8 +89,38 @@ def rank_memory(
     return held
 
 
+def _fsdp2(
+    step: Step, strategy: Mapping[str, Any], group: int, micro_batches: int
+) -> dict[str, int]:
+    """Its shards; what is gathered and scattered at once; the networks of other players, which a turn sees frozen.
+
+    The gradients of a first micro-batch come while its activations go.
+    """
+    weights, trained = sum(step.weights.values()), sum(step.trained.values())
+    others = 0 if len(step.weights) == 1 else weights
+    keeps = not strategy.get("reshard_after_forward", True)
+    gathered = max(step.weights.values()) if keeps else step.rest + step.block
+    part, forward = -(-trained // group), step.activations
+    if micro_batches == 1:
+        forward = max(part, forward + (step.with_gradients - forward) // group)
+    return {
+        "weights": -(-weights // group) + gathered + others,
+        "optimizer": -(-sum(step.optimizer.values()) // group),
+        "gradients": part if micro_batches > 1 else 0,
+        "buckets": step.rest + 2 * step.block,  # gradients, and what is scattered of them
+        "activations": max(forward, -(-step.update // group)),
+    }
+
+
 def fits(memory: Mapping[str, int], limit: float) -> bool:
     return sum(memory.values()) <= limit
+
+
+def besides(recipe: Recipe, ranks: int) -> list[dict[str, Any]]:
+    """What `auto` does not choose from and `plan` shows all the same: fsdp2 as the recipe has it."""
+    own = [dict(s) for s in recipe.strategies.values() if s["name"] == "fsdp2"]
+    possible = ranks > 1 and len(candidates(recipe, ranks)) > 1
+    return (own or [{"name": "fsdp2"}])[:1] if possible else []
 
 
 def candidates(recipe: Recipe, ranks: int) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def plan(
     limit = device.memory * GIB * (1 - footprint.RESERVED)
     rows: list[dict[str, Any]] = []
     choices = footprint.candidates(recipe, ranks)
-    for strategy in choices:
+    for strategy in [*choices, *footprint.besides(recipe, ranks)]:
         held = footprint.rank_memory(step, strategy, ranks, share)
         rows.append(
             {
@@ -252,7 +252,9 @@ def _flops(step: Step, often: Mapping[tuple[str, int], float]) -> float:
 
 
 def named(strategy: Mapping[str, Any]) -> str:
-    """`zero3`, or `zero3 + optimizer on the host`."""
+    """`zero3`, `zero3 + optimizer on the host`, or `fsdp2 in groups of 8`."""
+    if "shard_degree" in strategy:
+        return f"{strategy['name']} in groups of {strategy['shard_degree']}"
     offload = strategy.get("offload")
     where = {None: "", "all": " + all on the host"}.get(offload, f" + {offload} on the host")
     return f"{strategy['name']}{where}"

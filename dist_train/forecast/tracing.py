@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from dist_train.errors import UserError
+from dist_train.networks.blocks import separable_blocks
 
 if TYPE_CHECKING:
     from dist_train.objectives import Turn
@@ -61,13 +62,16 @@ class Step:
 
     `activations` is the most that lives beside weights, gradients, optimiser, buffers and batch within forward and
     backward; `with_gradients` the same with the gradients that are there at that moment; `update` the most that the
-    optimiser's step needs for itself; `largest` is one weight. `turns` is the work of forward and backward of all its
+    optimiser's step needs for itself; `largest` is one weight, `block` the largest that fsdp2 gathers by itself and
+    `rest` what it gathers as one of a player. `turns` is the work of forward and backward of all its
     micro-batches.
     """
 
     micro_batches: int
     weights: dict[str, int]
     largest: int
+    block: int
+    rest: int
     trained: dict[str, int]
     optimizer: dict[str, int]
     buffers: int
@@ -244,6 +248,7 @@ def _traced(trainer: Trainer, batch: list[Any]) -> Step:
         micro_batches=len(batch),
         weights={p: _bytes(e.names.values()) for p, e in trainer.engines.items()},
         largest=max(_bytes([w]) for e in trainer.engines.values() for w in e.names.values()),
+        **_units(trainer),
         trained={p: _bytes(e.trained.values()) for p, e in trainer.engines.items()},
         optimizer={
             p: sum(_bytes(part.tensor for part in parts) for parts in e.optimizer_state.values())
@@ -270,6 +275,17 @@ def _standing(trainer: Trainer) -> Iterator[Tensor]:
         yield from engine.buffers.values()
         for parts in engine.optimizer_state.values():
             yield from (part.tensor for part in parts)
+
+
+def _units(trainer: Trainer) -> dict[str, int]:
+    """The largest block, and the largest rest of a player's weights beside its blocks."""
+    sizes, rests = [0], [0]
+    for engine in trainer.engines.values():
+        blocks = separable_blocks(engine.player.networks)
+        own = [_bytes(block.parameters()) for block in blocks]
+        sizes += own
+        rests.append(_bytes(engine.names.values()) - sum(own))
+    return {"block": max(sizes), "rest": max(rests)}
 
 
 def _bytes(tensors: Any) -> int:

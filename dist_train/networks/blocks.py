@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_train.errors import UserError, nearest
 
+LARGE_BYTES = 2**20
+"""The weights of a layer for which a collective of its own is worth it."""
+
 
 def chosen(
     networks: Mapping[str, nn.Module], patterns: Sequence[str], where: str
@@ -52,16 +55,47 @@ def repeated_blocks(networks: Mapping[str, nn.Module], where: str) -> dict[str, 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The members of its lists and sequences that have parts of their own and others of their kind."""
-    members = {
+    return _outermost(network, _block_names(network))
+
+
+def _block_names(network: nn.Module) -> list[str]:
+    members = {name: child for name, child in _members(network).items() if list(child.children())}
+    kinds = [type(child) for child in members.values()]
+    return [name for name, child in members.items() if kinds.count(type(child)) > 1]
+
+
+def _members(network: nn.Module) -> dict[str, nn.Module]:
+    """What its lists and sequences hold, which is there to be called."""
+    return {
         f"{path}.{name}".removeprefix("."): child
         for path, parent in network.named_modules()
         if isinstance(parent, nn.ModuleList | nn.Sequential)
         for name, child in parent.named_children()
-        if list(child.children())
     }
-    kinds = [type(child) for child in members.values()]
-    names = [name for name, child in members.items() if kinds.count(type(child)) > 1]
-    return _outermost(network, names)
+
+
+def separable_blocks(networks: nn.ModuleDict) -> list[nn.Module]:
+    """What fsdp2 gathers by itself: `blocks_of` all networks of a player, and large layers that are members of lists
+    and sequences outside of them; but none whose weights stand elsewhere too."""
+    found = []
+    for network in networks.values():
+        large = [
+            name
+            for name, child in _members(network).items()
+            if not list(child.children())
+            and sum(p.numel() * p.element_size() for p in child.parameters()) >= LARGE_BYTES
+        ]
+        found += _outermost(network, [*_block_names(network), *large])
+    everywhere = _names_of_each(networks)
+    return [b for b in found if all(everywhere[i] == n for i, n in _names_of_each(b).items())]
+
+
+def _names_of_each(module: nn.Module) -> dict[int, int]:
+    """{id of a parameter: under how many names it is there}."""
+    count: dict[int, int] = {}
+    for _, parameter in module.named_parameters(remove_duplicate=False):
+        count[id(parameter)] = count.get(id(parameter), 0) + 1
+    return count
 
 
 def _outermost(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:

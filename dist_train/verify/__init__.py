@@ -1,4 +1,4 @@
-"""Proof, for the recipe at hand: one process = N ranks = every ZeRO stage = killed and resumed.
+"""Proof, for the recipe at hand: one process = N ranks = every way to shard = killed and resumed.
 
 The same code runs in our own tests. What equal means: docs/decisions/0003 and docs/verify.md.
 """
@@ -28,6 +28,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero1": {"name": "zero1"},
     "zero2": {"name": "zero2"},
     "zero3": {"name": "zero3", "persistence_threshold": 0},  # else it keeps small tensors whole
+    "fsdp2": {"name": "fsdp2"},
 }
 STEPS = 5
 LONGEST = 100
@@ -134,11 +135,11 @@ def _bare(recipe: Recipe, ranks: int) -> Recipe:
 
 
 def _strategies(recipe: Recipe) -> dict[str, Any]:
-    """What is compared: plain data parallelism, the stages of ZeRO, and what the recipe itself asks for."""
+    """What is compared: plain data parallelism, the stages of ZeRO, fsdp2, and what the recipe itself asks for."""
     chosen: dict[str, Any] = {
         name: strategy
         for name, strategy in STRATEGIES.items()
-        if name == "ddp" or importlib.util.find_spec("deepspeed")
+        if not name.startswith("zero") or importlib.util.find_spec("deepspeed")
     }
     if recipe.strategy not in (*STRATEGIES, "single", "auto"):
         chosen[RECIPE] = recipe.strategy
