@@ -567,6 +567,15 @@ def branches(world: World, strategy: str, given: bool = False) -> dict[str, Any]
     return {"gradients": numbers(e.full_gradients())}
 
 
+def frozen_of_four() -> dict[str, Any]:
+    """`frozen` on four ranks, of each weight of whose batch norm each rank holds one element."""
+    world = World.join(group=True)
+    pin_threads(1, 1)
+    found = {s: frozen(world, s) for s in ("zero3-layers", "fsdp2", "fsdp2-layers")}
+    world.leave()
+    return found
+
+
 def branches_alone(strategy: str, given: bool) -> dict[str, Any]:
     """The same in ranks of its own: where DeepSpeed finds them at odds they end."""
     world = World.join(group=True)

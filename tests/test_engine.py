@@ -326,6 +326,14 @@ def test_ranks_that_use_different_parameters_given(branched: dict[str, Any], str
     assert difference(result["gradients"], branched) <= EXACT
 
 
+def test_frozen_views_whose_weights_have_one_element_a_rank() -> None:
+    """A strided weight, as slices come from the others, has batch norm's backward compute something else."""
+    truth = cases.plain_frozen()
+    for strategy, found in spawn_ranks(4, cases.frozen_of_four, timeout=60)[0].items():
+        assert difference(found["generator"], truth["generator"]) <= EXACT, strategy
+        assert difference(found["critic"], truth["critic"]) <= EXACT, strategy
+
+
 def test_ranks_that_use_different_parameters_by_layer_are_refused() -> None:
     """Each gathers what the other does not: all ranks say so before a weight changes."""
     for result in spawn_ranks(2, cases.branches_by_layer, timeout=60):

@@ -328,7 +328,9 @@ class FsdpEngine(Engine):
             columns = every.view(self.degree, -1).split(sizes, dim=1)
             for name, rows in zip(bucket, columns, strict=True):
                 shape = self.names[name].shape
-                whole[name] = rows.reshape(-1)[: shape.numel()].view(shape)
+                # one row a rank would stay a strided view, of which batch norm's backward makes wrong gradients
+                flat = rows.reshape(-1)[: shape.numel()].contiguous()
+                whole[name] = flat.view(shape)
         return whole
 
 

@@ -281,7 +281,9 @@ class ZeroShards(Shards):
         slices = [self._slice(name) for name in self._small]
         ranks = self.world.join_slices(torch.cat(slices)).view(self.world.size, -1)
         parts = ranks.split([len(part) for part in slices], dim=1)
-        return {n: self._cut(n, part.flatten()) for n, part in zip(self._small, parts, strict=True)}
+        # a slice of one element would stay a strided view, of which batch norm's backward makes wrong gradients
+        flat = [part.contiguous().view(-1) for part in parts]
+        return {n: self._cut(n, whole) for n, whole in zip(self._small, flat, strict=True)}
 
     def gather(self, name: str) -> Tensor:
         return self._cut(name, self.world.join_slices(self._slice(name)))
