@@ -22,12 +22,6 @@ OFFLOADS = {
 }
 """What lives in the memory of the host instead of the device's, and the strategies that can do so."""
 
-NO_DISK = (
-    "what DeepSpeed keeps on NVMe is in memory only during an update, out of reach of checkpoints and averages;"
-    " expected offload optimizer or all, to the host's memory"
-)
-"""Why `offload: nvme` is refused (docs/decisions/0057)."""
-
 OWNED_BY_THE_RECIPE = {
     "train_batch_size": "data.global_batch",
     "train_micro_batch_size_per_gpu": "data.micro_batch",
@@ -63,16 +57,13 @@ def check_strategy(strategy: Any, where: str) -> None:
         )
     known = ["name"]
     if name.startswith("zero"):
-        known += ["offload", "deepspeed"]
+        known += ["offload", "nvme_path", "deepspeed"]
     if name == "zero3":
         known += ["persistence_threshold"]
     if name in ("zero3", "fsdp2"):
         known += ["view_elements"]
     if name == "fsdp2":
         known += ["offload", "shard_degree", "reshard_after_forward"]
-    if "nvme_path" in strategy or strategy.get("offload") == "nvme":
-        key = "nvme_path" if "nvme_path" in strategy else "offload"
-        raise UserError(f"{where}.{key}: got {short(strategy[key])}, but {NO_DISK}")
     for key in strategy:
         if key not in known:
             raise UserError(
@@ -96,13 +87,22 @@ def check_strategy(strategy: Any, where: str) -> None:
         )
     able = OFFLOADS.get(strategy.get("offload", "none"))
     if able is None:
+        disk = " with `nvme_path: FOLDER`" if strategy["offload"] == "nvme" else ""
         raise UserError(
-            f"{where}.offload: got {short(strategy['offload'])}, expected one of {', '.join(OFFLOADS)}"
+            f"{where}.offload: got {short(strategy['offload'])}, expected one of {', '.join(OFFLOADS)}{disk}"
         )
     if name not in able:
         raise UserError(
             f"{where}.offload: got {short(strategy['offload'])} with {name}, expected {' or '.join(able)}:"
             " others keep all of a rank on its device"
+        )
+    path = strategy.get("nvme_path", "a folder")
+    if not isinstance(path, str) or not path:
+        raise UserError(f"{where}.nvme_path: got {short(path)}, expected a folder on a local disk")
+    if "nvme_path" in strategy and strategy.get("offload", "none") == "none":
+        raise UserError(
+            f"{where}.nvme_path: got {short(path)}, but nothing is offloaded; expected with it"
+            f" offload: {'optimizer or all' if name == 'zero3' else 'optimizer'}"
         )
     _check_deepspeed(strategy.get("deepspeed", {}), f"{where}.deepspeed")
 

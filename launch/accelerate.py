@@ -21,7 +21,7 @@ from dist_train.launch.local import Local, ended
 from dist_train.ranks.parent import die_with_parent
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.settings import short
-from dist_train.strategies import NO_DISK, STRATEGIES
+from dist_train.strategies import STRATEGIES
 from dist_train.yaml_text import read_yaml
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ def _asked(environ: Mapping[str, str]) -> Iterator[Asked]:
         words = stage[1]
         for what in ("OPTIMIZER", "PARAM"):
             if device := said(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"):
-                strategy["offload"] = _offload(what.lower(), *device)
+                path = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_NVME_PATH", "none")
+                strategy |= _offload(what.lower(), device[0], path, device[1])
                 words += f", {device[1]}"
         yield Asked("strategy", strategy, words)
     if clipping := said("ACCELERATE_GRADIENT_CLIPPING"):
@@ -216,8 +217,10 @@ def _from_deepspeed(file: Path) -> Iterator[Asked]:
     zero = settings.pop("zero_optimization", {})
     strategy: dict[str, Any] = {"name": STAGES[str(zero.pop("stage", 0))]}
     for what in ("optimizer", "param"):
-        if device := zero.pop(f"offload_{what}", {}).get("device", "none").replace("none", ""):
-            strategy["offload"] = _offload(what, device, f"{file}: offload_{what}")
+        given = zero.pop(f"offload_{what}", {})
+        if device := given.get("device", "none").replace("none", ""):
+            path = given.get("nvme_path", "none")
+            strategy |= _offload(what, device, path, f"{file}: offload_{what}")
     if clipping := settings.pop("gradient_clipping", 0):
         yield Asked("clipping", float(clipping), f"{file}: gradient_clipping: {clipping}")
     if steps := settings.pop("gradient_accumulation_steps", 0):
@@ -234,11 +237,14 @@ def _without_auto(settings: Any) -> Any:
     return {key: _without_auto(value) for key, value in settings.items() if value != "auto"}
 
 
-def _offload(what: str, device: str, words: str) -> str:
+def _offload(what: str, device: str, path: str, words: str) -> dict[str, str]:
+    """Where the optimiser or the parameters are to lie, in the words of `strategy`."""
+    if (what, device) == ("optimizer", "nvme") and path != "none":
+        return {"offload": "optimizer", "nvme_path": path}
     if device != "cpu":
-        why = f"; {NO_DISK}" if device == "nvme" else ""
-        raise UserError(f"accelerate says {words}: expected cpu or none{why}")
-    return {"optimizer": "optimizer", "param": "all"}[what]
+        nvme = ", or nvme with its path" if what == "optimizer" else ""
+        raise UserError(f"accelerate says {words}: expected cpu or none{nvme}")
+    return {"offload": {"optimizer": "optimizer", "param": "all"}[what]}
 
 
 def _adopt_strategy(recipe: Recipe, asked: dict[str, Any], words: str, given: bool) -> Recipe:

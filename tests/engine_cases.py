@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.verify.payload import Payload
 from dist_train.world import World, pin_threads
+
+DISK = tempfile.gettempdir()
 
 SPECS: dict[str, dict[str, Any]] = {
     "single": {"name": "single"},
@@ -54,6 +57,13 @@ SPECS: dict[str, dict[str, Any]] = {
     "zero1-offload": {"name": "zero1", "offload": "optimizer"},
     "zero2-offload": {"name": "zero2", "offload": "optimizer"},
     "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
+    "zero2-disk": {"name": "zero2", "offload": "optimizer", "nvme_path": DISK},
+    "zero3-disk": {
+        "name": "zero3",
+        "offload": "all",
+        "nvme_path": DISK,
+        "persistence_threshold": 0,
+    },
     "zero3-all": {
         "name": "zero3",
         "offload": "all",
@@ -68,6 +78,7 @@ FOUR_RANKS = ("fsdp2-hybrid", "zero3-hpz")
 STRATEGIES = tuple(name for name in SPECS if name not in ("single", *FOUR_RANKS))
 MOVED = (
     *("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-offload", "zero3-all"),
+    "zero3-disk",
     "fsdp2",
 )
 """Strategies between which state moves."""

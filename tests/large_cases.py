@@ -180,6 +180,33 @@ def limited(strategy: str, work: str, data: str, folder: str) -> dict[str, Any]:
     return found
 
 
+ROOM_WITHOUT_STATE = 5 * WEIGHTS
+"""Of one rank under zero3 with AdamW: weights, their copy for the update and gradients are 3.2, what is there while it
+is built 4.1, and with the optimiser's state 6.2."""
+
+
+def state_on_disk(data: str, folder: str, nvme_path: str | None) -> list[float]:
+    """The losses of two steps of AdamW, with room for its state on a disk only."""
+    disk = {"nvme_path": nvme_path} if nvme_path else {}
+    few = {"reduce_bucket_size": 500_000, "sub_group_size": 1_000_000}
+    expert = {"deepspeed": {"zero_optimization": few}}
+    spread = {"name": "zero3", "offload": "optimizer", **expert, **disk}
+
+    def steps(world: World, *size: int) -> list[float]:
+        here = recipe(data, "single", *size).set("strategy", spread).set("evaluate", None)
+        here = here.set("optimizer", {"name": "adamw", "learning_rate": 1e-3})
+        with trainer_of(here, world, Path(folder) / f"{nvme_path is None}-{len(size)}") as trainer:
+            kept = parity.Losses()
+            parity.watch(trainer, kept)
+            trainer.train()
+            return kept.losses
+
+    world = limited_world(lambda world: steps(world, 8, 2), ROOM_WITHOUT_STATE)
+    found = steps(world)
+    world.leave()
+    return found
+
+
 def limited_world(warm_up: Callable[[World], Any], limit: int) -> World:
     """Join the world; after `warm_up`, which brings threads and buffers, there is room for `limit` bytes."""
     world = World.join(group=True)

@@ -37,6 +37,9 @@ def zero(stage: int, **more: str) -> dict[str, str]:
     } | more
 
 
+NVME = {"DEVICE": "nvme", "NVME_PATH": "/local/Scratch"}
+
+
 def fsdp(**more: str) -> dict[str, str]:
     """What `accelerate launch --use_fsdp --fsdp_version 2` exports, and more."""
     told = {
@@ -75,6 +78,9 @@ def test_what_the_recipe_leaves_open_comes_from_accelerate(tiny_data: Path) -> N
     assert adopt(open_, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}).compile is True
     for stage, name in enumerate(("ddp", "zero1", "zero2", "zero3")):
         assert adopt(open_, zero(stage)).strategies == {"model": {"name": name}}
+    nvme = {f"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_{k}": v for k, v in NVME.items()}
+    on_disk = {"name": "zero2", "offload": "optimizer", "nvme_path": "/local/Scratch"}
+    assert adopt(open_, zero(2, **nvme)).strategies == {"model": on_disk}
     clipped = adopt(open_, zero(1, ACCELERATE_GRADIENT_CLIPPING="0.5"))
     assert clipped.callbacks["clip_gradients"] == {"norm": 0.5}
 

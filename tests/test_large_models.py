@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from dist_train import checkpoint, components, randomness
+from dist_train.engine.disk import Disk
+from dist_train.errors import UserError
 from dist_train.networks.deferred import construct, value_of
 from dist_train.networks.initialisation import initialise
 from dist_train.testing import RankFailed, spawn_ranks
@@ -154,3 +156,33 @@ def test_a_turn_through_a_critic_of_which_no_rank_has_room_for_a_copy(
     assert found["losses"] == pytest.approx(kept.losses, rel=1e-6)
     with pytest.raises(RankFailed, match="allocate memory"):
         spawn_ranks(4, *arguments, 10**9, timeout=100)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux")
+def test_an_optimiser_whose_state_has_room_on_a_disk_only(tiny_data: Path, tmp_path: Path) -> None:
+    """In memory, as a planted recipe has it, it does not fit. Nothing is left in the folder."""
+    disk = tmp_path / "nvme"
+    disk.mkdir()
+    arguments = (large_cases.state_on_disk, str(tiny_data), str(tmp_path))
+    found = spawn_ranks(1, *arguments, str(disk), timeout=100)[0]
+    assert not list(disk.iterdir())
+    pin_threads(1, 1)
+    alone = large_cases.recipe(str(tiny_data), "single").set("evaluate", None)
+    alone = alone.set("optimizer", {"name": "adamw", "learning_rate": 1e-3})
+    with parity.trainer_of(alone, World(), tmp_path / "alone") as trainer:
+        kept = parity.Losses()
+        parity.watch(trainer, kept)
+        trainer.train()
+    assert found == pytest.approx(kept.losses, rel=1e-6)
+    with pytest.raises(RankFailed, match="allocate memory"):
+        spawn_ranks(1, *arguments, None, timeout=100)
+
+
+def test_a_disk_without_room_or_folder_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"strategy.nvme_path: .*missing is no folder"):
+        Disk(str(tmp_path / "missing"))
+    with pytest.raises(
+        UserError, match=r"strategy.nvme_path: .* has no room for 4,000,000,000,000"
+    ):
+        Disk(str(tmp_path)).moved(torch.zeros(1).expand(1_000_000_000_000))
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.engine.base import Engine, OptimizerMaker, Slice, added, materialise
+from dist_train.engine.disk import Disk
 from dist_train.engine.layers import VIEW_ELEMENTS, Shards
 from dist_train.errors import UserError
 from dist_train.networks import Player
@@ -43,6 +44,7 @@ class ZeroEngine(Engine):
         deepspeed = import_deepspeed()
         super().__init__(player, world, given)
         self.stage, self.deepspeed, self.gathers_by_layer = stage, deepspeed, stage == 3
+        self._disk = Disk(strategy["nvme_path"]) if "nvme_path" in strategy else None
         for buffer in self.buffers.values():
             world.broadcast_(buffer.data)
         optimizer = make(groups(list(self.trained.items())))
@@ -223,8 +225,12 @@ class ZeroEngine(Engine):
         return [(groups[i], flat) for i, flat in enumerate(self.zero.fp32_partitioned_groups_flat)]
 
     def _materialise(self) -> None:
+        """Make the optimiser's state; with a disk, it and the fp32 weights that it updates lie there."""
         optimizer = self.zero.optimizer
         for index, flat in self._flat_partitions():
+            if self._disk:
+                flat.data = self._disk.moved(flat.data)
+                self._look_there(index, flat)
             kept = [group["params"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["params"] = []
@@ -232,6 +238,19 @@ class ZeroEngine(Engine):
             materialise(optimizer)
             for group, parameters in zip(optimizer.param_groups, kept, strict=True):
                 group["params"] = parameters
+            if self._disk:
+                state = optimizer.state[flat]
+                for kind, tensor in state.items():
+                    if isinstance(tensor, Tensor) and tensor.shape == flat.shape:
+                        state[kind] = self._disk.moved(tensor)
+
+    def _look_there(self, group: int, flat: Tensor) -> None:
+        """Stages 1 and 2 also know each parameter's part of its flat partition: that is elsewhere now."""
+        mappings = [getattr(parameter, "_hp_mapping", None) for parameter in self.trained.values()]
+        for mapping in mappings:
+            if mapping is not None and mapping.param_group_index == group:
+                place = mapping.get_hp_fragment_address()
+                mapping.hp_fragment = flat.detach()[place.start : place.start + place.numel]
 
     def _slice_state(self) -> None:
         """Find this rank's range of every parameter in the flat partitions, as views."""
