@@ -4,8 +4,9 @@
 
 Ours runs with console, journal, clipping by norm, cosine decay and an average of the weights; the raw loop has none of
 them (`bare`), or does the same by hand (`by hand`: clip_grad_norm_, CosineAnnealingLR, AveragedModel, a line each 10
-steps). One model is tiny, so that a step costs little and the trainer shows; the other is not. One thread, in CPU time,
-which other processes disturb less than they do a clock.
+steps), or by hand with Accelerate around model, optimiser and schedule (`accelerate`). One model is tiny, so that a
+step costs little and the trainer shows; the other is not. One thread, in CPU time, which other processes disturb less
+than they do a clock.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from dist_train import assembly
@@ -121,21 +123,27 @@ def bare_loop(model: nn.Module, batches: list[MicroBatch], steps: int) -> Callab
 
 
 def by_hand_loop(
-    model: nn.Module, batches: list[MicroBatch], steps: int, log: Path
+    model: nn.Module, batches: list[MicroBatch], steps: int, log: Path, accelerated: bool = False
 ) -> Callable[[], None]:
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * ROUNDS)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-3)
+    schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * ROUNDS)
+    parameters, live = list(model.parameters()), model
+    backward, clip = torch.Tensor.backward, nn.utils.clip_grad_norm_
+    if accelerated:
+        accelerator = Accelerator(cpu=True)
+        live, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        backward, clip = accelerator.backward, accelerator.clip_grad_norm_
 
     def loop() -> None:
         with log.open("a") as file:
             for step in range(steps):
                 micro = batches[step % len(batches)]
-                loss = nn.functional.cross_entropy(model(micro["image"]), micro["label"])
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                loss = nn.functional.cross_entropy(live(micro["image"]), micro["label"])
+                backward(loss)
+                norm = clip(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -165,6 +173,9 @@ def measure(width: int, depth: int, steps: int) -> dict[str, float]:
         loops = {
             "bare": bare_loop(MLP(width, depth), batches, steps),
             "by hand": by_hand_loop(MLP(width, depth), batches, steps, Path(folder) / "log.jsonl"),
+            "accelerate": by_hand_loop(
+                MLP(width, depth), batches, steps, Path(folder) / "other.jsonl", accelerated=True
+            ),
             "ours": ours,
             "ours, no callbacks": alone,
         }
@@ -195,6 +206,7 @@ def main() -> None:
             print(f"  {name:26} {value:8.1f}")
         print(f"  {'ours over bare':26} {step['ours'] - step['bare']:8.1f}")
         print(f"  {'ours / by hand':26} {step['ours'] / step['by hand']:8.3f}")
+        print(f"  {'ours / accelerate':26} {step['ours'] / step['accelerate']:8.3f}")
 
 
 if __name__ == "__main__":
