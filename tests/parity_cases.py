@@ -11,6 +11,7 @@ import torch
 from cases import Doubled, strategy
 from parity_models import CLIPS, FAMILIES, family_recipe
 
+from dist_train.networks.precision import has_recurrent_bf16
 from dist_train.testing import spawn_ranks
 from dist_train.verify import parity, verdict
 from dist_train.world import World
@@ -127,6 +128,8 @@ def losses(precision: str, strategies: list[str], data: str) -> dict[str, list[f
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for family, name in itertools.product(FAMILIES, strategies):
+            if (precision, family) == ("bf16", "LSTM") and not has_recurrent_bf16():
+                continue
             recipe = family_recipe(family, data, 4, "norm").set("strategy", strategy(name))
             if precision == "float64":
                 torch.set_default_dtype(torch.float64)

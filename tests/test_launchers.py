@@ -70,12 +70,12 @@ def test_other_launchers_make_the_same_run(
 def test_accelerate_with_fsdp_is_fsdp2(ours: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, _ = ours
     command = [sys.executable, "-m", "dist_train"]
-    more = ("--set", "strategy=fsdp2", "--set", "duration=2 steps", "--ranks", "2")
+    more = ("--set", "strategy=fsdp2", "--set", "duration=4 steps", "--ranks", "2")
     done = start(command, recipe, tmp_path / "ours", *more)
     assert done.returncode == 0, done.stderr
     config = str(CONFIGS / "fsdp2.yaml")
     command = [config if part.endswith(".yaml") else part for part in LAUNCHERS["accelerate"]]
-    more = ("--set", "strategy=null", "--set", "duration=2 steps")
+    more = ("--set", "strategy=null", "--set", "duration=4 steps")
     done = start(command, recipe, tmp_path / "theirs", *more)
     assert done.returncode == 0, done.stderr
     assert Recipe.load(tmp_path / "theirs").strategies["critic"] == {"name": "fsdp2"}

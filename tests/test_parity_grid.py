@@ -79,6 +79,8 @@ def test_float64_leaves_no_doubt(
 
 @pytest.mark.parametrize("family", FACTORS[0])
 def test_bf16_is_fp32_rounded(free: dict[str, dict[str, list[float]]], family: str) -> None:
+    if f"{family}-single" not in free["bf16-1"]:
+        pytest.skip("this CPU has no recurrent layers in bf16")
     truth = free["fp32-1"][f"{family}-single"]
     rounded = [free["bf16-1"][f"{family}-single"]]
     rounded += [free["bf16-2"][f"{family}-{name}"] for name in ("ddp", "zero2", "zero3", "fsdp2")]

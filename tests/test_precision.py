@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_train import checkpoint, run
 from dist_train.errors import UserError
-from dist_train.networks.precision import LossScale, check_device, set_numerics
+from dist_train.networks.precision import LossScale, check_device, has_recurrent_bf16, set_numerics
 from dist_train.objectives.classification import Classification
 
 ONE = torch.tensor(1.0)
@@ -86,7 +86,11 @@ def test_a_run_that_overflows_at_any_scale_ends(tiny_data: Path, tmp_path: Path)
 
 
 def test_what_a_cpu_has_not_is_refused() -> None:
-    check_device("bf16", nn.LSTM(2, 2), "cpu")
+    if has_recurrent_bf16():
+        check_device("bf16", nn.LSTM(2, 2), "cpu")
+    else:
+        with pytest.raises(UserError, match="recurrent layers in bf16"):
+            check_device("bf16", nn.LSTM(2, 2), "cpu")
     with pytest.raises(UserError, match="recurrent layers in fp16"):
         check_device("fp16", nn.Sequential(nn.LSTM(2, 2)), "cpu")
 

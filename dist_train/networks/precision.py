@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -21,6 +22,19 @@ def check_device(precision: str, network: nn.Module, device: str) -> None:
         raise UserError(
             "precision: fp16, but torch has no recurrent layers in fp16 on a CPU; use bf16 or fp32"
         )
+    if precision == "bf16" and device == "cpu" and recurrent and not has_recurrent_bf16():
+        raise UserError("precision: bf16, but this CPU has no recurrent layers in bf16; use fp32")
+
+
+@functools.cache
+def has_recurrent_bf16() -> bool:
+    """Whether this CPU has what oneDNN's recurrent layers in bf16 need: one with AVX2 alone has not."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(1, 1)(torch.zeros(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
 
 
 def set_numerics(*, tf32: bool, deterministic: bool) -> None:
