@@ -55,8 +55,6 @@ SPECS: dict[str, dict[str, Any]] = {
         "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}},
     },
     "zero1-offload": {"name": "zero1", "offload": "optimizer"},
-    "zero2-offload": {"name": "zero2", "offload": "optimizer"},
-    "zero3-offload": {"name": "zero3", "offload": "optimizer", "persistence_threshold": 0},
     "zero2-disk": {"name": "zero2", "offload": "optimizer", "nvme_path": DISK},
     "zero3-disk": {
         "name": "zero3",
@@ -77,7 +75,7 @@ SPECS: dict[str, dict[str, Any]] = {
 FOUR_RANKS = ("fsdp2-hybrid", "zero3-hpz")
 STRATEGIES = tuple(name for name in SPECS if name not in ("single", *FOUR_RANKS))
 MOVED = (
-    *("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-offload", "zero3-all"),
+    *("ddp", "zero1", "zero2", "zero3", "zero3-persistent", "zero2-disk", "zero3-all"),
     "zero3-disk",
     "fsdp2",
 )

@@ -140,6 +140,7 @@ def test_where_no_rank_has_room_for_a_copy(strategy: str, tiny_data: Path, tmp_p
         assert found[measured] == pytest.approx(truth["measured"], rel=1e-6), measured
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux")
 def test_a_turn_through_a_critic_of_which_no_rank_has_room_for_a_copy(
     tiny_data: Path, tmp_path: Path

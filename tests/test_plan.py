@@ -61,6 +61,7 @@ def compared(data: Path, grid: list[list[Any]], steps: int) -> Iterator[tuple[st
         yield strategy, held, peak
 
 
+@pytest.mark.soak
 def test_memory_of_two_ranks(tiny_data: Path) -> None:
     """A bucket may still be on its way when the next is full: these models are no larger than one."""
     buckets = {"ddp": 0, "zero1": 1, "zero2": 1, "zero3": 2, "fsdp2": 1}

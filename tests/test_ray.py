@@ -188,6 +188,7 @@ def test_the_head_is_lost(recipe: Path, tmp_path: Path, raylets: Callable[[], Ra
     assert_as_unbroken(run_dir)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_sweep_by_tune_whose_trials_are_of_two_ranks(
     recipe: Path, tmp_path: Path, raylets: Callable[[], Raylets], monkeypatch: pytest.MonkeyPatch

@@ -18,22 +18,25 @@ rng = random.Random(2026)
 COVER = [
     ("resnet", "ddp", 1, f"kill@step:0:{rng.randrange(7, 17)}"),
     ("resnet", "zero1", 2, f"kill@within-backward:1:{rng.randrange(14, 35)}"),
-    ("resnet", "zero2", 4, f"kill@reduce:2:{rng.randrange(7, 19)}"),
     ("resnet", "zero3", 2, "kill@save-written:0:2"),
     ("transformer", "zero1", 1, f"kill@reduce:0:{rng.randrange(7, 19)}"),
-    ("transformer", "ddp", 4, f"kill@backward:3:{rng.randrange(7, 19)}"),
     ("transformer", "zero3", 4, f"kill@step:1:{rng.randrange(7, 19)}"),
     ("transformer", "zero2", 2, "kill@save-publish:0:1"),
     ("wgan_gp", "zero2", 1, f"kill@backward:0:{rng.randrange(40, 70)}"),
     ("wgan_gp", "zero3", 1, "kill@save:0:1"),
     ("wgan_gp", "ddp", 2, "kill@step:1:22"),  # between the critic's turn and the generator's
-    ("wgan_gp", "zero1", 4, f"kill@reduce:3:{rng.randrange(10, 27)}"),
-    ("wgan_gp", "zero3", 2, "kill@step:0:28"),  # after the last checkpoint but the final one
     ("wgan_gp", "zero2", 2, "kill@saved:1:2"),
-    ("transformer", "fsdp2", 4, f"kill@reduce:2:{rng.randrange(7, 19)}"),
-    ("transformer", "fsdp2-hybrid", 4, f"kill@step:1:{rng.randrange(7, 19)}"),
     ("wgan_gp", "fsdp2", 2, "kill@step:1:22"),
 ]
+MORE = [
+    ("resnet", "zero2", 4, f"kill@reduce:2:{rng.randrange(7, 19)}"),
+    ("transformer", "ddp", 4, f"kill@backward:3:{rng.randrange(7, 19)}"),
+    ("wgan_gp", "zero1", 4, f"kill@reduce:3:{rng.randrange(10, 27)}"),
+    ("wgan_gp", "zero3", 2, "kill@step:0:28"),  # after the last checkpoint but the final one
+    ("transformer", "fsdp2", 4, f"kill@reduce:2:{rng.randrange(7, 19)}"),
+    ("transformer", "fsdp2-hybrid", 4, f"kill@step:1:{rng.randrange(7, 19)}"),
+]
+"""For `make soak`: other pairs, on four ranks most of them."""
 
 
 def settings(model: str, strategy: str, data: Path) -> dict[str, Any]:
@@ -45,10 +48,18 @@ def settings(model: str, strategy: str, data: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case of the cover: unbroken in `whole-N`, killed and resumed in `killed-N`."""
-    folder = tmp_path_factory.mktemp("resume")
+    return kill_and_resume(COVER, tiny_data, tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def more_runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kill_and_resume(MORE, tiny_data, tmp_path_factory.mktemp("resume"))
+
+
+def kill_and_resume(cover: list[Any], tiny_data: Path, folder: Path) -> Path:
+    """Every case of a cover: unbroken in `whole-N`, killed and resumed in `killed-N`."""
     for ranks in (1, 2, 4):
-        mine = [(n, case) for n, case in enumerate(COVER) if case[2] == ranks]
+        mine = [(n, case) for n, case in enumerate(cover) if case[2] == ranks]
         plans = {n: settings(model, strategy, tiny_data) for n, (model, strategy, _, _) in mine}
         whole = [[plans[n], str(folder / f"whole-{n}"), None] for n in plans]
         spawn_ranks(ranks, cases.train_cases, whole, timeout=120)
@@ -70,6 +81,16 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", range(len(COVER)), ids=lambda n: "-".join(map(str, COVER[n])))
 def test_killed_and_resumed_is_the_unbroken_run(runs: Path, number: int) -> None:
+    assert_unbroken(runs, number)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(len(MORE)), ids=lambda n: "-".join(map(str, MORE[n])))
+def test_more_that_are_killed_and_resumed(more_runs: Path, number: int) -> None:
+    assert_unbroken(more_runs, number)
+
+
+def assert_unbroken(runs: Path, number: int) -> None:
     assert_same_run(runs / f"whole-{number}", runs / f"killed-{number}")
     rows = [row["step"] for row in cases.RunDirectory(runs / f"killed-{number}").rows()]
     assert rows == sorted(set(rows)), "a row stands twice"
@@ -141,6 +162,7 @@ def test_tars_from_elsewhere_train_without_conversion(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.soak  # tests/test_loader.py asserts it of the loader
 def test_sample_ids_do_not_depend_on_ranks_or_workers(tiny_data: Path, tmp_path: Path) -> None:
     """12 micro-batches on 1, 2, 3 and 4 ranks, with 0 and 2 loader workers."""
     traces = []

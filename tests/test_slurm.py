@@ -165,6 +165,7 @@ def test_preemption(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: 
     )
 
 
+@pytest.mark.soak  # a preemption sends the same signals
 def test_time_limit(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
     """The signal before the limit: saved there, and back in the queue once by our own hand."""
     job = launch(recipe, tmp_path / "run")
