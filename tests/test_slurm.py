@@ -180,6 +180,7 @@ def test_time_limit(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: 
     assert "Restarts=1 " in cluster.ask("scontrol", "show", "job", "-o", job.id)
 
 
+@pytest.mark.soak  # Ray loses a node in `make test`
 def test_node_crash(cluster: Cluster, recipe: Recipe, unbroken: Path, tmp_path: Path) -> None:
     job = launch(recipe, tmp_path / "run")
     at_the_gate(job)
