@@ -24,12 +24,15 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "transformer": "dist_train.models.transformer:Transformer",
         "conv_generator": "dist_train.models.gan:ConvGenerator",
         "conv_critic": "dist_train.models.gan:ConvCritic",
+        "autoencoder": "dist_train.models.autoencoder:Autoencoder",
+        "conv_autoencoder": "dist_train.models.autoencoder:ConvAutoencoder",
     },
     "objective": {
         "classification": "dist_train.objectives.classification:Classification",
         "regression": "dist_train.objectives.regression:Regression",
         "language_modelling": "dist_train.objectives.language_modelling:LanguageModelling",
         "wgan_gp": "dist_train.objectives.wgan_gp:WassersteinGradientPenalty",
+        "reconstruction": "dist_train.objectives.reconstruction:Reconstruction",
     },
     "optimizer": {
         "sgd": "dist_train.optimizers:sgd",

@@ -67,3 +67,15 @@ def landscape(
     from dist_train.diagnose.landscape import landscape as draw
 
     answer(as_json, lambda: draw(run, out=out, batches=batches, steps=steps, grid=grid))
+
+
+@diagnose.command("linear-probe")
+def linear_probe(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    split: Annotated[str, typer.Option(help="Which split to judge by.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Fit a linear classifier to the codes of a trained autoencoder or VAE, and to its inputs."""
+    from dist_train.diagnose.linear_probe import linear_probe as probe
+
+    answer(as_json, lambda: probe(run, split=split))

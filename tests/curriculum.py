@@ -99,7 +99,37 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "wgan_gp", "latent_dim": 8, "critic_steps": 2},
         "shapes": {},  # it has no evaluation
     },
+    "autoencoder-reconstruction": {
+        "data": {"path": "pictures", "scale": "unit"},
+        "model": {"name": "autoencoder", "code_dim": 8, "width": 16, "in_features": "auto"},
+        "objective": {"name": "reconstruction", "sparsity": 0.01, "masking": 0.1},
+        "shapes": {"code": (4, 8), "prediction": (4, 1024), "target": (4, 1024)},
+    },
+    "conv_autoencoder-reconstruction": {
+        "data": {"path": "pictures"},
+        "model": {
+            "name": "conv_autoencoder",
+            "code_dim": 8,
+            "width": 4,
+            "hidden": 16,
+            "channels": "auto",
+            "image_size": "auto",
+        },
+        "objective": {"name": "reconstruction", "noise": 0.1},
+        "shapes": {"code": (4, 8), "prediction": (4, 1024), "target": (4, 1024)},
+    },
 }
+
+
+def networks_of(case: dict[str, Any]) -> list[str]:
+    """The names of a case's models: one, one a player, or several of one player."""
+
+    def found(tree: dict[str, Any]) -> list[str]:
+        return (
+            [tree["name"]] if "name" in tree else [n for part in tree.values() for n in found(part)]
+        )
+
+    return found(case["model"])
 
 
 def pack_pictures(folder: Path) -> None:

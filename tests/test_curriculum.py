@@ -39,6 +39,7 @@ PLAYERS_OF = {
     "regression": curriculum.ON_IMAGES,
     "language_modelling": ["transformer"],
     "wgan_gp": ["conv_generator-conv_critic"],
+    "reconstruction": ["autoencoder", "conv_autoencoder"],
 }
 """The models that give what an objective takes: a vector a picture, logits a token, a picture and its score."""
 
@@ -50,9 +51,7 @@ def test_every_registered_model_is_trained_by_every_objective_that_can() -> None
     pairs = {f"{model}-{objective}" for objective, models in PLAYERS_OF.items() for model in models}
     assert pairs == set(curriculum.CASES)
     for name, case in curriculum.CASES.items():
-        networks = [case["model"]] if "name" in case["model"] else case["model"].values()
-        parts = [*(network["name"] for network in networks), case["objective"]["name"]]
-        assert "-".join(parts) == name
+        assert "-".join([*curriculum.networks_of(case), case["objective"]["name"]]) == name
 
 
 @every_case

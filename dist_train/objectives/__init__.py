@@ -34,6 +34,9 @@ class Objective(ABC):
     """Players whose loss needs a double backward (a gradient penalty): their gradients are taken whole, then given
     to the engine, instead of being streamed to it layer by layer."""
 
+    scale: str | None = None
+    """The `data.scale` that its pictures must have; None for any."""
+
     def turns(self, step: int) -> list[Turn]:
         """Whose turns step `step` has, in order. A pure function of the step."""
         return [Turn(player, index) for index, player in enumerate(self.players)]

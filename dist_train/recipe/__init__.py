@@ -347,6 +347,12 @@ class Recipe(Section):
                     f"model: got the players {', '.join(self.players)}, expected those of objective "
                     f"'{self.objective['name']}': {', '.join(objective.players)}"
                 )
+            for stream, where in self.data.located():
+                if objective.scale not in (None, stream.scale):
+                    raise UserError(
+                        f"{where}.scale: got {stream.scale}, expected {objective.scale}, which objective "
+                        f"'{self.objective['name']}' needs with these settings"
+                    )
         except UserError as error:
             raise UserError(f"{self._source}: {error}") from None
 
