@@ -286,6 +286,9 @@ class Standardise:
 class Tokenise:
     """Make `tokens` of the text in `field`, at most `length` + 1 of them: a window at a random place of longer ones.
 
+    With `ends` a boundary stands before and after the text: its first token is then a target too, and its end. A longer
+    one keeps its beginning.
+
     `tokenizer` is the path of a `tokenizer.json` (see `tokens`). Without one it is that `beside` the shards, or a byte
     is a token. A text of fewer than 2 tokens gets boundaries after it, so that it has a target.
     """
@@ -297,9 +300,11 @@ class Tokenise:
         length: int,
         field: str = "text",
         tokenizer: str | None = None,
+        ends: bool = False,
         beside: tokens.Tokenizer | None = None,
     ) -> None:
         _positive("tokenise", length=length)
+        self.ends = ends
         self.reads = (field,)
         self.length = length
         self.tokenizer = beside or tokens.ByteTokenizer()
@@ -308,6 +313,9 @@ class Tokenise:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         ids = self.tokenizer.encode(sample[self.reads[0]].encode())
+        if self.ends:
+            end = np.array([self.tokenizer.boundary], self.tokenizer.dtype)
+            return {**sample, "tokens": np.concatenate([end, ids[: self.length - 1], end])}
         if len(ids) < 2:
             ids = np.append(ids, [self.tokenizer.boundary] * (2 - len(ids)))
         start = int(rng.integers(max(len(ids) - self.length, 1)))

@@ -22,6 +22,10 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "resnet": "dist_train.models.resnet:ResNet",
         "resnet_imagenet": "dist_train.models.resnet:ImageNetResNet",
         "transformer": "dist_train.models.transformer:Transformer",
+        "recurrent_language_model": "dist_train.models.recurrent:RecurrentLanguageModel",
+        "recurrent_classifier": "dist_train.models.recurrent:RecurrentClassifier",
+        "captioner": "dist_train.models.captioner:Captioner",
+        "temporal_convolution": "dist_train.models.temporal_convolution:TemporalConvolution",
         "conv_generator": "dist_train.models.gan:ConvGenerator",
         "conv_critic": "dist_train.models.gan:ConvCritic",
         "autoencoder": "dist_train.models.autoencoder:Autoencoder",
@@ -97,6 +101,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "loss": "dist_train.metrics:loss",
         "bits_per_byte": "dist_train.metrics:bits_per_byte",
         "perplexity": "dist_train.metrics:perplexity",
+        "edit_error": "dist_train.metrics:edit_error",
     },
     "transform": {
         "random_crop": "dist_train.data_shards.transforms:RandomCrop",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -222,6 +222,33 @@ class ConstantVarianceNLL:
 
 def _errors(outputs: Mapping[str, Tensor], micro: Rows) -> Tensor:
     return (outputs["target"] - outputs["prediction"])[: micro.real].double()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of what was written: `written` (b, F), `written_length` (b,) against `truth` (b, T), `truth_length` (b,)
+
+
+def edit_error(outputs: Mapping[str, Tensor], micro: Rows) -> tuple[float, float]:
+    """The edits (insert, delete, replace: Levenshtein 1966) that make the true rows of what was written, free running,
+    for each true token."""
+    written, truth = outputs["written"].tolist(), outputs["truth"].tolist()
+    lengths = zip(outputs["written_length"].tolist(), outputs["truth_length"].tolist(), strict=True)
+    edits, count = 0, 0
+    for row, (had, has) in enumerate(itertools.islice(lengths, micro.real)):
+        edits += edit_distance(written[row][:had], truth[row][:has])
+        count += has
+    return float(edits), float(count)
+
+
+def edit_distance(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The least number of insertions, deletions and replacements that turn one sequence into the other."""
+    before = list(range(len(other) + 1))
+    for i, a in enumerate(one, start=1):
+        now = [i]
+        for j, b in enumerate(other, start=1):
+            now.append(min(before[j] + 1, now[-1] + 1, before[j - 1] + (a != b)))
+        before = now
+    return before[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,10 +42,18 @@ OUTPUTS = {"mlp": "num_outputs"}
 """What a model calls the number of its outputs, if not `num_classes`."""
 CANCELLED = {"critic/critic.score.bias"}
 """Weights whose gradient is 0 by the mathematics: a Wasserstein loss is a difference of scores."""
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ADAM = {"name": "adam", "learning_rate": 3e-3}
 
 LEARNS = {"resnet_imagenet-regression": 60}
 """After how many steps a loss has surely fallen, if not after 30: 50 layers take longer."""
+
+
+def names(**arguments: Any) -> dict[str, Any]:
+    """The transforms that make tokens of the pictures' names."""
+    spec = {"name": "tokenise", "field": "text", "length": 8, **arguments}
+    return {"train": [spec], "evaluate": [spec]}
+
 
 CASES: dict[str, dict[str, Any]] = {
     **{
@@ -78,6 +86,59 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "objective": {"name": "language_modelling"},
         "shapes": {"loss_sum": (), "loss_count": ()},
+    },
+    "recurrent_language_model-language_modelling": {
+        "data": {"path": "text"},
+        "model": {
+            "name": "recurrent_language_model",
+            "vocab_size": "auto",
+            "width": 12,
+            "depth": 2,
+            "embedding": 8,
+            "dropout": 0.1,
+        },
+        "objective": {"name": "language_modelling", "teacher_forcing": 0.8, "free_running": 3},
+        "shapes": {"loss_sum": (), "written": (4, 3), "written_length": (4,)},
+    },
+    "temporal_convolution-language_modelling": {
+        "data": {"path": "text"},
+        "model": {
+            "name": "temporal_convolution",
+            "vocab_size": "auto",
+            "width": 12,
+            "depth": 2,
+            "embedding": 8,
+            "dropout": 0.1,
+        },
+        "objective": {"name": "language_modelling"},
+        "shapes": {"loss_sum": (), "loss_count": ()},
+    },
+    "captioner-language_modelling": {
+        "data": {"path": "pictures", "transforms": names(ends=True)},
+        "model": {
+            "name": "captioner",
+            "vocab_size": 257,
+            "in_channels": "auto",
+            "width": 12,
+            "cell": "gru",
+            "embedding": 8,
+            "encoder_width": 4,
+        },
+        "objective": {"name": "language_modelling", "describes": "image", "free_running": 3},
+        "shapes": {"loss_sum": (), "written": (4, 3), "written_length": (4,)},
+    },
+    "recurrent_classifier-classification": {
+        "data": {"path": "pictures", "transforms": names()},
+        "model": {
+            "name": "recurrent_classifier",
+            "vocab_size": 257,
+            "num_classes": "auto",
+            "width": 12,
+            "embedding": 8,
+            "bidirectional": True,
+        },
+        "objective": {"name": "classification", "inputs": "tokens"},
+        "shapes": {"logits": (4, 10), "nll": (4,)},
     },
     "conv_generator-conv_critic-wgan_gp": {
         "data": {"path": "pictures", "scale": "signed"},
@@ -133,7 +194,7 @@ def networks_of(case: dict[str, Any]) -> list[str]:
 
 
 def pack_pictures(folder: Path) -> None:
-    """200 digits of 32 x 32, their class, and two numbers to predict: how much ink, and how far right it lies."""
+    """200 digits of 32 x 32, their class, its name, and two numbers to predict: how much ink, how far right it lies."""
     import numpy as np
     from sklearn.datasets import load_digits
 
@@ -148,7 +209,8 @@ def pack_pictures(folder: Path) -> None:
             right = (small.sum(0) * np.arange(8)).sum() / small.sum()
             target = np.array([small.mean(), right], np.float32)
             split = "test" if i % 10 == 0 else "train"
-            fields = {"image.npy": image, "cls": int(digits.target[i]), "target.npy": target}
+            label = int(digits.target[i])
+            fields = {"image.npy": image, "cls": label, "target.npy": target, "txt": NAMES[label]}
             yield split, f"{i:05d}", fields
 
     write_shards(folder, "pictures", samples(), shard_size=60, classes=list("0123456789"))

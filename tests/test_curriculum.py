@@ -35,9 +35,11 @@ def together(tiny_data: Path, folder: Path, alone: dict[str, Any]) -> dict[str, 
 
 
 PLAYERS_OF = {
-    "classification": curriculum.ON_IMAGES,
+    "classification": [*curriculum.ON_IMAGES, "recurrent_classifier"],
     "regression": curriculum.ON_IMAGES,
-    "language_modelling": ["transformer"],
+    "language_modelling": [
+        *("transformer", "recurrent_language_model", "temporal_convolution", "captioner")
+    ],
     "wgan_gp": ["conv_generator-conv_critic"],
     "reconstruction": ["autoencoder", "conv_autoencoder"],
 }

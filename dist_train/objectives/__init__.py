@@ -83,7 +83,7 @@ class Objective(ABC):
 
     def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         """What a user of the network wants to know of each row: (B,) or (B, D) by name; without looking at a label.
-        `class` (B,) is written as the class's name."""
+        `class` (B,) is written as the class's name, `text` (B, T) as the text of these tokens."""
         raise UserError(f"objective: {type(self).__name__} predicts nothing: give it `predict`")
 
     def samples(self, networks: Networks, count: int, device: str) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ class Classification(Objective):
             losses alike (Zhang et al. 2018, arXiv:1710.09412). 0 for none.
         cutmix: alpha > 0 pastes a rectangle of another image instead (Yun et al. 2019, arXiv:1905.04899).
             With both, each micro-batch gets one of the two.
-        inputs: the field that the model sees.
+        inputs: the field that the model sees. Of `tokens` it also sees how many a row has: `model(tokens, length)`.
     """
 
     def __init__(
@@ -39,16 +39,19 @@ class Classification(Objective):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if mixup < 0.0 or cutmix < 0.0:
             raise ValueError(f"mixup and cutmix are 0 or more, got {mixup} and {cutmix}")
+        if inputs == "tokens" and (mixup or cutmix):
+            raise ValueError("mixup and cutmix blend pictures, expected 0 where inputs is tokens")
         self.label_smoothing, self.mixup, self.cutmix = label_smoothing, mixup, cutmix
         self.inputs = inputs
 
     def loss(
         self, turn: Turn, networks: Networks, micro: MicroBatch, scalars: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        x, label = micro[self.inputs], micro["label"]
+        label = micro["label"]
         if self.mixup == self.cutmix == 0.0:
-            loss, members = self._cross_entropy(networks.model(x), label)
+            loss, members = self._cross_entropy(self._logits(networks, micro), label)
         else:
+            x = micro[self.inputs]
             other = torch.randperm(len(x), device=x.device)  # (B,): whom each is mixed with
             x, share = self._mixed(x, x[other])
             logits = networks.model(x)
@@ -59,7 +62,7 @@ class Classification(Objective):
         return loss, {"loss": mean}
 
     def predict(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
-        probability = networks.model(micro[self.inputs]).softmax(dim=-1)
+        probability = self._logits(networks, micro).softmax(dim=-1)
         if probability.ndim == 3:  # (B, M, K)
             probability = probability.mean(dim=1)
         return {"class": probability.argmax(dim=-1), "probability": probability}
@@ -69,7 +72,7 @@ class Classification(Objective):
         return members[0] if len(members) == 1 else self.combine(members, micro)
 
     def evaluate_members(self, networks: Networks, micro: MicroBatch) -> list[dict[str, Tensor]]:
-        logits = networks.model(micro[self.inputs])
+        logits = self._logits(networks, micro)
         each = logits.unbind(dim=1) if logits.ndim == 3 else (logits,)
         return [_judged(one, micro) for one in each]
 
@@ -78,6 +81,14 @@ class Classification(Objective):
     ) -> dict[str, Tensor]:
         logits = torch.stack([one["logits"] for one in outputs])  # (M, B, K)
         return _judged(combined_log_probability(logits.double().log_softmax(dim=-1), how), micro)
+
+    def _logits(self, networks: Networks, micro: MicroBatch) -> Tensor:
+        x = micro[self.inputs]
+        if self.inputs == "tokens":
+            return networks.model(
+                x, micro["length"] + 1
+            )  # the last one, target of others, is read too
+        return networks.model(x)
 
     def _cross_entropy(self, logits: Tensor, label: Tensor) -> tuple[Tensor, int]:
         """The mean over the rows, of members (B, M, K) summed over them, and how many members there are.

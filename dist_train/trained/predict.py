@@ -11,6 +11,7 @@ from typing import Any
 
 from dist_train import randomness
 from dist_train.data import data_folders, evaluation_batches
+from dist_train.data_shards import tokens
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import pack
@@ -70,7 +71,8 @@ def _predicted(
     import torch
 
     shards = Shards(folder, split)
-    classes = Index.load(data_folders(trainer.recipe)[0]).classes
+    beside = data_folders(trainer.recipe)[0]
+    classes, tokenizer = Index.load(beside).classes, tokens.load(beside)
     networks = trainer.view(weights)
     for micro in evaluation_batches(trainer.recipe, trainer.world, split, folder):
         randomness.reseed(trainer.seed, trainer.step, randomness.EVALUATION, micro.index)
@@ -80,6 +82,9 @@ def _predicted(
         for row in range(micro.real):
             line: dict[str, Any] = {"key": shards.key(int(micro.ids[row]))}
             for name, values in columns.items():
+                if name == "text":
+                    line[name] = tokenizer.decode(values[row]).decode(errors="replace")
+                    continue
                 line |= cells(name, values[row], classes)
             yield line
 
