@@ -252,7 +252,7 @@ def _tokenizer(where: str, shards: Shards | Together) -> Tokenizer | None:
 
 
 def _agreed(opened: list[Shards] | list[Shards | Together]) -> dict[str, Any]:
-    known = [shards.index.describe() for shards in opened]
+    known = [shards.index.describe() | {"num_samples": len(shards)} for shards in opened]
     return {
         key: value
         for key, value in known[0].items()

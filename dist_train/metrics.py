@@ -278,3 +278,28 @@ def exponential(nats: float) -> float:
 loss = LossFigure(float)
 bits_per_byte = LossFigure(lambda nats: nats / math.log(2.0))
 perplexity = LossFigure(exponential)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a density: what the objective says of each row, (b,)
+
+
+@dataclass(frozen=True)
+class OfEachRow:
+    """The mean of what the objective gives as `name`."""
+
+    name: str
+
+    def __call__(self, outputs: Mapping[str, Tensor], micro: Rows) -> Tensor:
+        if self.name not in outputs:
+            raise UserError(
+                f"metric {self.name}: this objective, with its likelihood, has none"
+                f" (it has {', '.join(outputs)})"
+            )
+        return outputs[self.name]
+
+
+elbo, importance_bound, kl = map(OfEachRow, ("elbo", "importance_bound", "kl"))
+"""Nats a sample: a bound on log p(x), a tighter one (Burda et al. 2016, arXiv:1509.00519), and the code's share."""
+bits_per_dim = OfEachRow("bits_per_dim")
+"""Bits an element of x would take in a code; of what has levels."""

@@ -55,6 +55,15 @@ def names(**arguments: Any) -> dict[str, Any]:
     return {"train": [spec], "evaluate": [spec]}
 
 
+SMALL = {"latent_dim": 4, "width": 4}
+PICTURE = {"hidden": 16, "channels": "auto", "image_size": "auto"}
+
+
+def vae(encoder: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    """Two networks of one player."""
+    return {"model": {"encoder": encoder, "decoder": decoder}}
+
+
 CASES: dict[str, dict[str, Any]] = {
     **{
         f"{name}-classification": {
@@ -178,6 +187,40 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "objective": {"name": "reconstruction", "noise": 0.1},
         "shapes": {"code": (4, 8), "prediction": (4, 1024), "target": (4, 1024)},
+    },
+    "vae_encoder-vae_decoder-elbo": {
+        "data": {"path": "pictures", "scale": "unit"},
+        "model": vae(
+            {"name": "vae_encoder", **SMALL, "in_features": "auto", "num_classes": "auto"},
+            {"name": "vae_decoder", **SMALL, "shape": [1, 32, 32], "num_classes": "auto"},
+        ),
+        "objective": {
+            "name": "elbo",
+            "latent_dim": 4,
+            "num_classes": 10,
+            "estimator": "score_function",
+            "draws": 2,
+            "binarise": "sampled",
+        },
+        "shapes": {"elbo": (4,), "importance_bound": (4,), "code": (4, 4)},
+    },
+    "vae_conv_encoder-vae_conv_decoder-elbo": {
+        "data": {"path": "pictures", "scale": "unit"},
+        "model": vae(
+            {"name": "vae_conv_encoder", **SMALL, **PICTURE},
+            {"name": "vae_conv_decoder", **SMALL, **PICTURE, "per_element": 2},
+        ),
+        "objective": {"name": "elbo", "latent_dim": 4, "likelihood": "discretised_logistic"},
+        "shapes": {"elbo": (4,), "bits_per_dim": (4,)},
+    },
+    "vae_table-vae_conv_decoder-elbo": {
+        "data": {"path": "pictures", "scale": "unit"},
+        "model": vae(
+            {"name": "vae_table", "num_samples": "auto", "latent_dim": 4},
+            {"name": "vae_conv_decoder", **SMALL, **PICTURE},
+        ),
+        "objective": {"name": "elbo", "latent_dim": 4, "inference": "per_sample"},
+        "shapes": {},  # it knows of no other samples
     },
 }
 

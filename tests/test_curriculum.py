@@ -42,6 +42,11 @@ PLAYERS_OF = {
     ],
     "wgan_gp": ["conv_generator-conv_critic"],
     "reconstruction": ["autoencoder", "conv_autoencoder"],
+    "elbo": [
+        "vae_encoder-vae_decoder",
+        "vae_conv_encoder-vae_conv_decoder",
+        "vae_table-vae_conv_decoder",
+    ],
 }
 """The models that give what an objective takes: a vector a picture, logits a token, a picture and its score."""
 

@@ -63,6 +63,8 @@ INJECTED: dict[str, dict[str, Figure]] = {
     "plateau": {"loss": lambda t: max(0.8, 2.3 - 6 * t), "learning_rate": lambda t: 0.1},
     "exploding gradients": {"gradient_norm": lambda t: 500.0 if 0.5 < t < 0.52 else 1.0},
     "dead units": {"dead_units": lambda t: 0.5 * t},
+    "KL too low": {"kl": lambda t: 20 * math.exp(-9 * t), "prior_gap": lambda t: 0.01},
+    "KL too high": {"kl": lambda t: 40 + 20 * t, "prior_gap": lambda t: 3 * t},
 }
 
 

@@ -20,6 +20,10 @@ FEWEST = 12
 """Rows with a loss, below which its trend is not judged."""
 BLOCKS = 8
 """A curve is judged by the means of so many pieces of equal length."""
+LEAST_KL = 0.1
+"""Nats a sample, below which the code of a VAE tells nothing."""
+MOST_PRIOR_GAP = 0.5
+"""Nats a latent number between the codes of all samples together and the prior (`objectives.elbo.prior_gap`)."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,10 @@ def overfitting(rows: Rows) -> Finding | None:
 
 
 def underfitting(rows: Rows) -> Finding | None:
-    """The training loss has stopped high, and evaluation is no worse: the model cannot, or may not, fit the data."""
+    """The training loss has stopped high, and evaluation is no worse: the model cannot, or may not, fit the data. A VAE
+    is not judged: a bound on the likelihood does not go to 0."""
     blocks, evaluation = _blocks(rows), curve(rows, "evaluate/loss")
-    if not blocks or not evaluation or blocks[0] <= 0:
+    if not blocks or not evaluation or blocks[0] <= 0 or curve(rows, "kl"):
         return None
     end, gap = blocks[-1], evaluation[-1][1] / blocks[-1] if blocks[-1] > 0 else math.inf
     if _flat(blocks) and end > 0.5 * blocks[0] and gap < 1.1:
@@ -201,6 +206,32 @@ def dead_units(rows: Rows) -> Finding | None:
     )
 
 
+def divergence_too_low(rows: Rows) -> Finding | None:
+    """A VAE's code tells nothing of a sample: the decoder ignores it (posterior collapse)."""
+    divergences = [value for _, value in curve(rows, "kl")]
+    if len(divergences) < FEWEST or _end(divergences) >= LEAST_KL:
+        return None
+    return Finding(
+        "KL too low",
+        f"KL too low, the code is ignored: at the end it tells {number(_end(divergences))} nats of a sample.",
+        "Lower beta, or let it rise from 0 (schedule: {scalar: beta, value: 1, schedule: constant, warmup: ...}); take"
+        " a decoder that can do less without the code, or a smaller variance of its likelihood.",
+    )
+
+
+def divergence_too_high(rows: Rows) -> Finding | None:
+    """A VAE's codes lie elsewhere than the prior: what is drawn from it, the decoder has never seen."""
+    gaps = [value for _, value in curve(rows, "prior_gap")]
+    if len(gaps) < FEWEST or _end(gaps) <= MOST_PRIOR_GAP:
+        return None
+    return Finding(
+        "KL too high",
+        f"KL too high, the prior is not matched: all codes together are {number(_end(gaps))} nats a latent number from "
+        "it, so samples drawn from it are of what the decoder never saw.",
+        "Raise beta, take fewer latent numbers, or a larger variance of the likelihood.",
+    )
+
+
 CHECKS: tuple[Callable[[Rows], Finding | None], ...] = (
     rate_too_high,
     exploding_gradients,
@@ -209,6 +240,8 @@ CHECKS: tuple[Callable[[Rows], Finding | None], ...] = (
     underfitting,
     overfitting,
     dead_units,
+    divergence_too_low,
+    divergence_too_high,
 )
 
 
