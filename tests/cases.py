@@ -232,15 +232,16 @@ def parity_grid(
 
 
 def planted_grid(cases: list[list[Any]], truth: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The verdict on each (bug, name of its reference, settings): the bug is a callback of planted.py."""
+    """The verdict on each ("BUG-STRATEGY", name of its reference, settings): the bug is a callback of planted.py."""
     world = World.join(group=True)
     found = {}
-    for bug, name, settings in cases:
+    for case, name, settings in cases:
+        bug = case.partition("-")[0]
         recipe = bare(Recipe(**settings)).set("callbacks.bug", {"name": f"planted:{bug}"})
         reference = Path(folder) / name / "reference"
-        with parity.trainer_of(recipe, world, Path(folder) / f"broken-{bug}") as trainer:
+        with parity.trainer_of(recipe, world, Path(folder) / f"broken-{case}") as trainer:
             differences = parity.step_locked(trainer, reference, truth[name]["steps"])
-        found[bug] = verdict.summary(verdict.judge(differences, truth[name]["floor"]), world.size)
+        found[case] = verdict.summary(verdict.judge(differences, truth[name]["floor"]), world.size)
     world.leave()
     return found
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.callbacks import Callback
+from dist_train.engine.fsdp import FsdpEngine
+from dist_train.engine.mesh import ReduceScatter
 from dist_train.objectives.classification import Classification
 
 
@@ -30,13 +32,30 @@ class ForgottenReduction(Callback):
     """Each rank keeps its own gradients."""
 
     def run_begins(self, run: Any) -> None:
-        class Done:
-            def wait(self) -> None: ...
-
+        if run.world.size == 1:
+            return
         for engine in run.engines.values():
-            if run.world.size > 1:
+            if isinstance(engine, FsdpEngine):
+                for number, unit in enumerate(engine._units):
+                    unit.set_custom_reduce_scatter(OwnRows(engine._order, number))
+            else:
                 buckets = engine._buckets
                 buckets._launch = lambda buckets=buckets: buckets.work.append(Done())
+
+
+class Done:
+    def wait(self) -> None: ...
+
+
+class OwnRows(ReduceScatter):
+    """Gives each rank its part of its own gradients."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, *_: Any, **__: Any
+    ) -> Any:
+        self.order.note(self.name)
+        output_tensor.copy_(input_tensor.view(group.size(), -1)[group.rank()])
+        return Done()
 
 
 class UnseededDropout(nn.Module):

@@ -16,7 +16,7 @@ from dist_train.verify import parity, verdict
 from dist_train.world import World
 
 STEPS = 3
-BUGS = {  # bug: (model, strategy, what differs first, part of the cause)
+BUGS = {  # bug: (model, a strategy beside fsdp2, what differs first, part of the cause)
     "WrongLossScale": ("transformer", "zero2", "gradient of step 0, ", "divided by the ranks"),
     "ForgottenReduction": ("resnet", "ddp", "gradient of step 0, ", "not, or not all, summed"),
     "NoBug": ("unseeded", "ddp", "loss of step 0, ", "a generator of the model's own"),
@@ -43,17 +43,23 @@ def found(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     models = sorted({model for model, *_ in BUGS.values()})
     plans = {model: settings(model, "ddp", tiny_data) for model in models}
     (truth,) = spawn_ranks(1, cases.references, plans, folder, STEPS, timeout=120)
-    grid = [[bug, m, settings(m, strategy, tiny_data)] for bug, (m, strategy, *_) in BUGS.items()]
+    grid = [
+        [f"{bug}-{strategy}", model, settings(model, strategy, tiny_data)]
+        for bug, (model, own, *_) in BUGS.items()
+        for strategy in (own, "fsdp2")
+    ]
     return spawn_ranks(2, cases.planted_grid, grid, truth, folder, timeout=120)[0] | {"one": truth}
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found_and_named(found: dict[str, Any], bug: str) -> None:
-    *_, first, cause = BUGS[bug]
-    print(found[bug]["first"], "|", found[bug]["cause"])
-    assert not found[bug]["passed"]
-    assert found[bug]["first"].startswith(first)
-    assert cause in found[bug]["cause"]
+@pytest.mark.parametrize("fsdp2", (False, True), ids=("own", "fsdp2"))
+def test_a_planted_bug_is_found_and_named(found: dict[str, Any], bug: str, fsdp2: bool) -> None:
+    _, strategy, first, cause = BUGS[bug]
+    result = found[f"{bug}-{'fsdp2' if fsdp2 else strategy}"]
+    print(result["first"], "|", result["cause"])
+    assert not result["passed"]
+    assert result["first"].startswith(first)
+    assert cause in result["cause"]
 
 
 def test_one_process_that_draws_for_itself_does_not_repeat_itself(found: dict[str, Any]) -> None:
