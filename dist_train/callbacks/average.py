@@ -1,7 +1,8 @@
-"""An average of a player's weights, sharded as the engine's weights are: what `ema` and `swa` keep."""
+"""Averages of players' weights, sharded as the engine's weights are: what `ema` and `swa` keep."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -41,10 +42,20 @@ class Average:
         return {**self._engine.full_weights(), **averaged, **self.buffers}
 
 
+class Averages(dict[str, Average]):
+    """By player."""
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Of each, weights and buffers by name, whole (collective)."""
+        return {player: average.weights() for player, average in self.items()}
+
+    def slices(self) -> Iterator[tuple[str, Slice]]:
+        """Of all, as a callback gives them to checkpoints."""
+        for average in self.values():
+            for part in average.slices:
+                yield part.name, part
+
+
 def _live(engine: Engine) -> list[Slice]:
-    buffers = [
-        Slice(name, tuple(b.shape), 0, b.view(-1), replicated=True)
-        for name, b in engine.buffers.items()
-        if b.is_floating_point()
-    ]
-    return [*engine.weights, *buffers]
+    floats = {name: b for name, b in engine.buffers.items() if b.is_floating_point()}
+    return [*engine.weights, *(Slice.whole(name, b) for name, b in floats.items())]

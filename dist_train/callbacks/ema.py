@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dist_train.callbacks import Callback
-from dist_train.callbacks.average import Average
+from dist_train.callbacks.average import Average, Averages
 from dist_train.engine import Slice
 from dist_train.errors import UserError
 
@@ -34,7 +34,7 @@ class ExponentialMovingAverage(Callback):
             raise UserError(f"ema: decay must be in [0, 1), got {decay!r}")
         self.decay, self.players = decay, players
         self.turns: dict[str, int] = {}
-        self.averages: dict[str, Average] = {}
+        self.averages = Averages()
 
     def run_begins(self, run: Trainer) -> None:
         for player in self.players or run.engines:
@@ -49,12 +49,10 @@ class ExponentialMovingAverage(Callback):
         self.averages[turn.player].move(1 - min(self.decay, (1 + done) / (10 + done)))
 
     def weights(self, run: Trainer) -> dict[str, dict[str, Tensor]]:
-        return {player: average.weights() for player, average in self.averages.items()}
+        return self.averages.weights()
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
-        for average in self.averages.values():
-            for part in average.slices:
-                yield part.name, part
+        return self.averages.slices()
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.turns)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_train import randomness
 from dist_train.callbacks import Callback
-from dist_train.callbacks.average import Average
+from dist_train.callbacks.average import Average, Averages
 from dist_train.duration import Duration
 from dist_train.engine import Engine, Slice
 from dist_train.errors import UserError
@@ -51,7 +51,7 @@ class StochasticWeightAverage(Callback):
         self.start, self.cycle, self.statistics = start, cycle, statistics
         self.players = players
         self.taken = self.last = 0
-        self.averages: dict[str, Average] = {}
+        self.averages = Averages()
 
     def configure(self, recipe: Recipe) -> None:
         for name in ("start", "cycle", "statistics"):
@@ -84,12 +84,10 @@ class StochasticWeightAverage(Callback):
     def weights(self, run: Trainer) -> dict[str, dict[str, Tensor]]:
         if not self.taken:
             return {player: run.full_weights(player) for player in self.averages}
-        return {player: average.weights() for player, average in self.averages.items()}
+        return self.averages.weights()
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
-        for average in self.averages.values():
-            for part in average.slices:
-                yield part.name, part
+        return self.averages.slices()
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self.taken, "last": self.last}

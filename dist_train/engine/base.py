@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.engine.buffers import BufferKeeper
-from dist_train.engine.layers import check_same_order
+from dist_train.engine.layers import ORDER
 from dist_train.engine.views import Views, plain_name, single_backward
 from dist_train.networks import Player
 from dist_train.networks.precision import LossScale
@@ -34,6 +34,11 @@ class Slice:
     written: bool = (
         True  # whether this rank writes them, of the several that hold them under hybrid sharding
     )
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> Slice:
+        """All of a tensor that every rank has."""
+        return cls(name, tuple(tensor.shape), 0, tensor.detach().view(-1), replicated=True)
 
     @property
     def stop(self) -> int:
@@ -137,15 +142,16 @@ class Engine(ABC):
         Under fp16 a turn whose gradients overflowed changes nothing but the loss scale; `norm` stays as it was.
         """
         if self.checks_order:
-            check_same_order(self.world)
-        updated = self._update()
-        if updated:
+            ORDER.check(self.world)
+        norm = self._update()
+        if norm is not None:
+            self.norm = norm
             self._keeper.end()
         else:
             self._keeper.undo()
         if self.loss_scale:
             networks = ", ".join(self.player.networks)
-            self.loss_scale.update(not updated, self._last_loss, networks)
+            self.loss_scale.update(norm is None, self._last_loss, networks)
         self.views.forget()
         self._clip_norm = self._clip_value = None
 
@@ -222,15 +228,13 @@ class Engine(ABC):
             for part in parts:
                 yield f"optimizer/{kind}/{part.name}", part
         for name, buffer in self.buffers.items():
-            part = Slice(name, tuple(buffer.shape), 0, buffer.view(-1), replicated=True)
-            yield f"buffers/{name}", part
+            yield f"buffers/{name}", Slice.whole(name, buffer)
 
     def _frozen_slices(self) -> Iterator[Slice]:
         """The weights that nobody updates."""
         for name, parameter in self.names.items():
             if name not in self.trained:
-                flat = parameter.detach().view(-1)
-                yield Slice(name, tuple(parameter.shape), 0, flat, replicated=True)
+                yield Slice.whole(name, parameter)
 
     def optimizer_steps(self) -> float:
         """How many updates the optimiser has made, as it counts them for its bias correction."""
@@ -263,7 +267,9 @@ class Engine(ABC):
     @abstractmethod
     def _publish(self) -> None: ...
     @abstractmethod
-    def _update(self) -> bool: ...  # whether it did: under fp16 not after an overflow
+    def _update(self) -> Tensor | None:
+        """What `norm` becomes; None where fp16 overflowed, and nothing has changed."""
+
     @abstractmethod
     def _states(self) -> Iterator[dict[str, Any]]: ...
     @abstractmethod

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -23,7 +20,9 @@ from dist_train.engine.base import (
     materialise,
 )
 from dist_train.engine.layers import VIEW_ELEMENTS, Shards
+from dist_train.engine.mesh import AllGather, Mesh, ReduceScatter
 from dist_train.engine.norm import global_norm
+from dist_train.engine.order import Order
 from dist_train.engine.update import Update
 from dist_train.engine.views import plain_name
 from dist_train.errors import UserError
@@ -58,13 +57,11 @@ class FsdpEngine(Engine):
     ) -> None:
         super().__init__(player, world, given)
         check_ranks(strategy, world.size, "strategy")
-        self.degree = strategy.get("shard_degree", world.size)
-        self._mesh = _mesh(world, self.degree)
-        self._place, self._replica = world.rank % self.degree, world.rank // self.degree
+        self.mesh = Mesh(world, strategy.get("shard_degree", world.size))
         self._keeps = not strategy.get("reshard_after_forward", True)
         for buffer in self.buffers.values():
             world.broadcast_(buffer.data)
-        self._calls = Calls()
+        self._order = Order(_OTHER_ORDER)
         self._units = self._shard()
         self.names = {plain_name(name): p for name, p in player.named_parameters()}
         self.trained = {name: p for name, p in self.names.items() if p.requires_grad}
@@ -95,7 +92,7 @@ class FsdpEngine(Engine):
             whole = [p for p in unit.parameters() if not isinstance(p, DTensor)]
             for parameter in whole:
                 self._make_whole(parameter)
-            fully_shard(unit, mesh=self._mesh, reshard_after_forward=not self._keeps)
+            fully_shard(unit, mesh=self.mesh.devices, reshard_after_forward=not self._keeps)
             for parameter in whole:
                 parameter.data = parameter.data.new_empty(0)
             unit.set_gradient_divide_factor(
@@ -104,8 +101,8 @@ class FsdpEngine(Engine):
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_reduce_scatter_unused_params(True)
         for number, unit in enumerate(units):
-            unit.set_custom_all_gather(AllGather(self._calls, number))
-            unit.set_custom_reduce_scatter(ReduceScatter(self._calls, number))
+            unit.set_custom_all_gather(AllGather(self._order, number))
+            unit.set_custom_reduce_scatter(ReduceScatter(self._order, number))
         return units
 
     def _make_whole(self, parameter: nn.Parameter) -> None:
@@ -145,11 +142,10 @@ class FsdpEngine(Engine):
 
     def _slices(self, flat: Mapping[str, Tensor]) -> Iterator[Slice]:
         """Flat tensors of this rank as ranges of the whole ones; of equal ones one rank writes, each in its turn."""
-        replicas = self.world.size // self.degree
         for index, (name, parameter) in enumerate(self.names.items()):
             if name in flat:
-                start = self._place * self._share(name)
-                written = index % replicas == self._replica
+                start = self.mesh.place * self._share(name)
+                written = index % self.mesh.replicas == self.mesh.replica
                 yield Slice(name, tuple(parameter.shape), start, flat[name], written=written)
 
     def _slices_of_state(self) -> dict[str, list[Slice]]:
@@ -167,7 +163,7 @@ class FsdpEngine(Engine):
     def _share(self, name: str) -> int:
         """Elements of a weight that a rank holds, if it is not one of the last."""
         shape = self.names[name].shape
-        return -(-shape[0] // self.degree) * shape[1:].numel()
+        return -(-shape[0] // self.mesh.degree) * shape[1:].numel()
 
     # -- a turn ------------------------------------------------------------------------------------------------------
 
@@ -178,7 +174,7 @@ class FsdpEngine(Engine):
     def begin_turn(self, index: int = 0) -> None:
         super().begin_turn(index)
         self._sum = None
-        self._calls.clear()
+        self._order.clear()
         for parameter in self.trained.values():
             parameter.grad = None
 
@@ -228,7 +224,7 @@ class FsdpEngine(Engine):
             if not trained:
                 continue
             rows = [self._rows(name, sums.pop(name)) for name in trained]  # (degree, share) each
-            mine = self._sum_rows(torch.cat(rows, dim=1))
+            mine = self.mesh.sum_rows(torch.cat(rows, dim=1))
             for name, part in zip(trained, mine.split([r.shape[1] for r in rows]), strict=True):
                 if name in self._shards:
                     self._shards[name].grad = part[: self._shards[name].numel()]
@@ -240,60 +236,37 @@ class FsdpEngine(Engine):
                 shard = self._shards[name]
                 shard.grad = torch.zeros_like(shard) if part is None else part[: shard.numel()]
 
-    def _sum_rows(self, rows: Tensor) -> Tensor:
-        """The sum over all ranks of what each of a group holds, (degree, n): this rank's row of it."""
-        mine = rows.reshape(-1)
-        if self.degree > 1:
-            every = mine
-            mine = every.new_empty(len(every) // self.degree)
-            dist.reduce_scatter_tensor(mine, every, group=self._mesh.get_group("shard"))
-        if self.degree < self.world.size:
-            dist.all_reduce(mine, group=self._mesh.get_group("replicate"))
-        return mine
-
     def _rows(self, name: str, whole: Tensor | None) -> Tensor:
         """A whole tensor as what each rank holds of it, (degree, share), the last ones padded."""
-        size = self.degree * self._share(name)
+        size = self.mesh.degree * self._share(name)
         parameter = self.names[name]
         if whole is None:
             whole = torch.zeros(size, dtype=parameter.dtype, device=self.world.device)
         flat = whole.reshape(-1)
-        return F.pad(flat, (0, size - flat.numel())).view(self.degree, -1)
+        return F.pad(flat, (0, size - flat.numel())).view(self.mesh.degree, -1)
 
     def full_gradients(self) -> dict[str, Tensor]:
         scale = self.loss_scale.value if self.loss_scale else 1.0
         flat = {n: s.grad for n, s in self._shards.items() if s.grad is not None}
         return {name: whole / scale for name, whole in self.full(self._slices(flat)).items()}
 
-    def _update(self) -> bool:
+    def _update(self) -> Tensor | None:
         gradients = [s.grad for s in self._shards.values() if s.grad is not None]
         norm = self._agreed_norm(gradients)
-        if self.loss_scale:
-            norm = norm / self.loss_scale.value
-            if not torch.isfinite(norm):
-                return False
-        self.norm = norm
-        scale = self.loss_scale.value if self.loss_scale else None
-        divisor = self._update_by.divisor_of(norm, scale, self._clip_norm)
-        self._update_by(gradients, divisor, self._clip_value)
-        for shard in self._shards.values():
-            shard.grad = None
-        self._release()
-        return True
+        clip = self._clip_norm, self._clip_value
+        used = self._update_by.turn(gradients, norm, self.loss_scale, *clip)
+        if used is not None:
+            for shard in self._shards.values():
+                shard.grad = None
+            self._release()
+        return used
 
     def _agreed_norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm over all shards, of replicas once; and the check that all ranks gathered the same, in one order."""
-        both = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        if self._replica == 0 and gradients:
-            both[0] = global_norm(gradients, self.world.device).double().square()
-        both[1] = calls = self._calls.digest()
-        self.world.sum_(both)
-        agreed = both[1] == calls * self.world.size
-        if self.world.device != "cpu":  # nobody waits for the device
-            torch._assert_async(agreed, _OTHER_ORDER)
-        elif not agreed:
-            raise UserError(_OTHER_ORDER)
-        return both[0].sqrt().float()
+        square = None
+        if self.mesh.replica == 0 and gradients:
+            square = global_norm(gradients, self.world.device).double().square()
+        return self._order.check(self.world, square).sqrt().float()
 
     # -- the weights -------------------------------------------------------------------------------------------------
 
@@ -320,12 +293,7 @@ class FsdpEngine(Engine):
             sizes = [self._share(name) for name in bucket]
             locals_ = [_local(self.names[name]) for name in bucket]
             padded = [F.pad(f, (0, s - f.numel())) for f, s in zip(locals_, sizes, strict=True)]
-            mine = torch.cat(padded)
-            every = mine
-            if self.degree > 1:
-                every = mine.new_empty(self.degree * len(mine))
-                dist.all_gather_into_tensor(every, mine, group=self._mesh.get_group("shard"))
-            columns = every.view(self.degree, -1).split(sizes, dim=1)
+            columns = self.mesh.join_rows(torch.cat(padded)).split(sizes, dim=1)
             for name, rows in zip(bucket, columns, strict=True):
                 shape = self.names[name].shape
                 # one row a rank would stay a strided view, of which batch norm's backward makes wrong gradients
@@ -350,66 +318,7 @@ class FsdpShards(Shards):
         return self.engine._gathered([[name]])[name]
 
     def scatter(self, name: str, gradient: Tensor) -> Tensor:
-        return self.engine._sum_rows(self.engine._rows(name, gradient))
-
-
-class Calls:
-    """Which units' collectives a rank has taken part in within a turn, in order. Collectives are paired by their order
-    alone: ranks that differ in it would add up, or compute with, each other's other weights."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self._digest = 0
-
-    def note(self, number: int) -> None:
-        self._digest = zlib.crc32(number.to_bytes(4, "little"), self._digest)
-
-    def digest(self) -> float:
-        """20 bits, whose sum over many ranks is exact."""
-        return float(self._digest % 2**20)
-
-
-class AllGather:
-    """torch's own, noted in `Calls`."""
-
-    def __init__(self, calls: Calls, number: int) -> None:
-        self.calls, self.number = calls, 2 * number
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
-    ) -> Any:
-        self.calls.note(self.number)
-        return dist.all_gather_into_tensor(
-            output_tensor, input_tensor, group=group, async_op=async_op
-        )
-
-
-class ReduceScatter:
-    """torch's own, noted in `Calls`."""
-
-    def __init__(self, calls: Calls, number: int) -> None:
-        self.calls, self.number = calls, 2 * number + 1
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: Any,
-        op: Any,
-        async_op: bool = False,
-    ) -> Any:
-        self.calls.note(self.number)
-        return dist.reduce_scatter_tensor(
-            output_tensor, input_tensor, op=op, group=group, async_op=async_op
-        )
+        return self.engine.mesh.sum_rows(self.engine._rows(name, gradient))
 
 
 _OTHER_ORDER = (
@@ -422,30 +331,3 @@ def _local(parameter: nn.Parameter) -> Tensor:
     """This rank's rows, flat: the storage itself."""
     shared_out: Any = parameter.detach()
     return shared_out.to_local().view(-1)
-
-
-def _mesh(world: World, degree: int) -> DeviceMesh:
-    """The ranks as (groups, ranks of a group), whose subgroups are made once."""
-    everyone = dist.group.WORLD
-    assert everyone is not None, "run.needs_group"
-    key = (everyone, degree)
-    if key not in _MESHES:
-        ranks = torch.arange(world.size).view(-1, degree)
-        if degree == world.size:
-            _MESHES[key] = DeviceMesh.from_group(
-                everyone, world.device.partition(":")[0], mesh_dim_names=("shard",)
-            )
-        else:
-            make = dist.new_subgroups_by_enumeration
-            across, _ = make(ranks.T.tolist(), timeout=world.timeout)
-            within, _ = make(ranks.tolist(), timeout=world.timeout)
-            _MESHES[key] = DeviceMesh.from_group(
-                [across, within],
-                world.device.partition(":")[0],
-                mesh=ranks,
-                mesh_dim_names=("replicate", "shard"),
-            )
-    return _MESHES[key]
-
-
-_MESHES: dict[Any, DeviceMesh] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -13,11 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dist_train.engine.order import Order
 from dist_train.errors import UserError
-from dist_train.world import World
 
 VIEW_ELEMENTS = 5_000_000
 """So many elements of a player's weights its views keep gathered; a smaller player they gather whole."""
+ORDER = Order(
+    "objective: this step's networks were called in another order, or with other branches, on some ranks, and their"
+    " weights are gathered layer by layer; set strategy.view_elements to the size of the player"
+)
+"""Of what the views of this process gather; where one of a run does so, ranks that differ have computed wrongly."""
 
 
 class Shards(ABC):
@@ -104,7 +108,7 @@ class Layers:
             self._elements -= self.shards.sizes[oldest]
 
     def _gather(self, name: str) -> Tensor:
-        _used.note(name)
+        ORDER.note(name)
         if name not in self.leaves:
             weight = self.shards.gather(name)
         else:
@@ -130,7 +134,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        _used.note(ctx.name)
+        ORDER.note(ctx.name)
         return ctx.shards.scatter(ctx.name, gradient), None, None
 
 
@@ -213,29 +217,3 @@ def _unpack(saved: Any) -> Tensor:
         )
     weight = saved.layers.whole(saved.name).detach()
     return weight.as_strided(saved.size, saved.stride, saved.offset)
-
-
-# -- the same order on all ranks -------------------------------------------------------------------------------------
-
-
-class _Used:
-    """Which weights this rank has gathered, in order, as one number."""
-
-    def __init__(self) -> None:
-        self.digest = 0
-
-    def note(self, name: str) -> None:
-        self.digest = zlib.crc32(name.encode(), self.digest)
-
-
-_used = _Used()
-
-
-def check_same_order(world: World) -> None:
-    """Raise UserError where the ranks have gathered other weights, or in another order, than each other (collective):
-    what they have computed is wrong."""
-    if world.size > 1 and world.largest(_used.digest) != -world.largest(-_used.digest):
-        raise UserError(
-            "objective: this step's networks were called in another order, or with other branches, on some ranks,"
-            " and their weights are gathered layer by layer; set strategy.view_elements to the size of the player"
-        )

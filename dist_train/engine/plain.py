@@ -37,10 +37,7 @@ class PlainEngine(Engine):
         materialise(self.optimizer)
         self._update_by = Update(self.optimizer)
         self._parameters = list(self.trained.values())
-        self.weights = [
-            Slice(name, tuple(p.shape), 0, p.detach().view(-1), replicated=True)
-            for name, p in self.trained.items()
-        ]
+        self.weights = [Slice.whole(name, p) for name, p in self.trained.items()]
         self.optimizer_state = _slices_of_state(self.trained, self.optimizer.state)
         self._buckets = Buckets(self._parameters, world) if world.size > 1 else None
 
@@ -86,18 +83,11 @@ class PlainEngine(Engine):
             else:
                 parameter.grad.add_(gradient)
 
-    def _update(self) -> bool:
+    def _update(self) -> Tensor | None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = global_norm(self._buckets.flat if self._buckets else gradients, self.world.device)
-        if self.loss_scale:
-            norm = norm / self.loss_scale.value
-            if not torch.isfinite(norm):
-                return False
-        self.norm = norm
-        scale = self.loss_scale.value if self.loss_scale else None
-        divisor = self._update_by.divisor_of(norm, scale, self._clip_norm)
-        self._update_by(gradients, divisor, self._clip_value)
-        return True
+        clip = self._clip_norm, self._clip_value
+        return self._update_by.turn(gradients, norm, self.loss_scale, *clip)
 
     def _states(self) -> Iterator[dict[str, Any]]:
         yield from self.optimizer.state.values()
@@ -113,6 +103,5 @@ def _slices_of_state(
     for name, parameter in parameters.items():
         for kind, tensor in state[parameter].items():
             if isinstance(tensor, Tensor) and kind != "step":  # which `optimizer_steps` has
-                part = Slice(name, tuple(tensor.shape), 0, tensor.view(-1), replicated=True)
-                by_kind.setdefault(kind, []).append(part)
+                by_kind.setdefault(kind, []).append(Slice.whole(name, tensor))
     return by_kind

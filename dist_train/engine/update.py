@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_train.engine.kernels import kernels_of
+from dist_train.networks.precision import LossScale
 
 
 class Update:
@@ -26,6 +27,27 @@ class Update:
             p.dtype == torch.float32 for p in parameters
         )
         self._numbers: dict[float, list[Tensor]] = {}
+
+    def turn(
+        self,
+        gradients: list[Tensor],
+        norm: Tensor,
+        loss_scale: LossScale | None,
+        clip_norm: float | None,
+        clip_value: float | None,
+    ) -> Tensor | None:
+        """Update by `gradients`, whose norm is `norm` (0-d), clipped by norm and by value.
+
+        Returns: the norm without the loss scale; None where it has overflowed, and nothing is changed.
+        """
+        scale = None
+        if loss_scale is not None:
+            scale = loss_scale.value
+            norm = norm / scale
+            if not torch.isfinite(norm):
+                return None
+        self(gradients, self.divisor_of(norm, scale, clip_norm), clip_value)
+        return norm
 
     def __call__(
         self, gradients: list[Tensor], divisor: Tensor | None, clip_value: float | None

@@ -172,16 +172,15 @@ class ZeroEngine(Engine):
         sum, so the loss scale of fp16 (or 1) over the number of ranks."""
         return (self.loss_scale.value if self.loss_scale else 1.0) / self.world.size
 
-    def _update(self) -> bool:
+    def _update(self) -> Tensor | None:
         self.zero.clip_grad = self._clip_norm or 0.0
         self.zero.override_loss_scale(self._scale)
         self.engine.step()
         self.zero.custom_loss_scaler = False  # or its backward multiplies the loss by it
         if self.loss_scale and self.zero.overflow:
-            return False
+            return None
         norm = self.engine.get_global_grad_norm()
-        self.norm = torch.as_tensor(norm, device=self.world.device, dtype=torch.float32).detach()
-        return True
+        return torch.as_tensor(norm, device=self.world.device, dtype=torch.float32).detach()
 
     def _clamp_owned_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._clip_value is None:
