@@ -102,7 +102,6 @@ CASES: dict[str, dict[str, Any]] = {
             "name": "recurrent_language_model",
             "vocab_size": "auto",
             "width": 12,
-            "depth": 2,
             "embedding": 8,
             "dropout": 0.1,
         },
