@@ -1004,20 +1004,6 @@ def fall(how: str, rank: int, folder: str, others: str) -> None:
     threading.Event().wait()
 
 
-def hang(fifo: str) -> None:
-    """Tell that this rank is there, and never return."""
-    with open(fifo, "a") as file:
-        file.write(f"{os.getpid()}\n")
-    threading.Event().wait()
-
-
-def hang_all(ranks: int, fifo: str) -> None:
-    """A process that starts ranks which never return."""
-    from dist_train.ranks import start_ranks
-
-    start_ranks(ranks, hang, fifo)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts and runs of test_callbacks.py
 

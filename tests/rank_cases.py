@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -113,29 +110,3 @@ def end_badly(how: str, rank: int) -> str:
             ctypes.string_at(1)
     world.barrier()
     return "never"
-
-
-def with_children(folder: str, how: str) -> None:
-    """Every rank starts a child that ignores what can be ignored, tells both ids, and hangs; one may stop or die."""
-    script = (
-        "import signal,time\nfor n in (1,2,15): signal.signal(n, signal.SIG_IGN)\ntime.sleep(600)"
-    )
-    child = subprocess.Popen([sys.executable, "-S", "-c", script])
-    rank = os.environ["RANK"]
-    part = Path(folder) / f".{rank}"
-    part.write_text(f"{os.getpid()} {child.pid}")
-    part.rename(Path(folder) / f"pids-{rank}")
-    if rank == "1" and how == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if rank == "1" and how == "kill":
-        while len(list(Path(folder).glob("pids-*"))) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
-
-
-def launcher(folder: str, how: str) -> None:
-    """A launcher of its own process, for tests that kill it."""
-    from dist_train.ranks import start_ranks
-
-    start_ranks(2, with_children, folder, how)

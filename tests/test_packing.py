@@ -2,13 +2,13 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,31 +84,26 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
             write_shards(tmp_path / "x", "set", rows(), shard_size=size)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from dist_train.data_shards import publish, shard
-from dist_train.data_shards.write import write_shards
-sys.path.insert(0, {tests!r})
-from test_packing import rows
+def pack_and_die(at: int, out: Path, told: Path) -> None:
+    """Pack, killed at the file operation number `at`, and tell how many there are."""
+    count = 0
 
-count = 0
-def counted(call):
-    def call_or_die(*arguments, **options):
-        global count
-        count += 1
-        if count == {at}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments, **options)
-    return call_or_die
+    def counted(call: Any) -> Any:
+        def call_or_die(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
 
-for name in ("fsync", "open"):
-    setattr(os, name, counted(getattr(os, name)))
-for name in ("replace", "rename", "open", "unlink", "mkdir"):
-    setattr(Path, name, counted(getattr(Path, name)))
-write_shards(Path({out!r}), "set", rows(), shard_size=7, workers=1)
-print(count)
-"""
+        return call_or_die
+
+    for name in ("fsync", "open"):
+        setattr(os, name, counted(getattr(os, name)))
+    for name in ("replace", "rename", "open", "unlink", "mkdir"):
+        setattr(Path, name, counted(getattr(Path, name)))
+    write_shards(out, "set", rows(), shard_size=7, workers=1)
+    told.write_text(str(count))
 
 
 def test_a_kill_at_any_file_operation_loses_nothing(tmp_path: Path) -> None:
@@ -116,19 +111,19 @@ def test_a_kill_at_any_file_operation_loses_nothing(tmp_path: Path) -> None:
     write_shards(tmp_path / "whole", "set", rows(), shard_size=7)
     whole = contents(tmp_path / "whole")
 
-    def run(at: int, out: Path) -> subprocess.CompletedProcess:
-        script = KILLED.format(tests=str(Path(__file__).parent), at=at, out=str(out))
-        return subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
-        )
+    def run(at: int, out: Path) -> int | None:
+        fork = multiprocessing.get_context("fork")  # 3 s of imports less than a new process
+        process = fork.Process(target=pack_and_die, args=(at, out, tmp_path / "told"))
+        process.start()
+        process.join(120)
+        return process.exitcode
 
-    done = run(0, tmp_path / "counted")
-    assert done.returncode == 0, done.stderr
-    total = int(done.stdout)
+    assert run(0, tmp_path / "counted") == 0
+    total = int((tmp_path / "told").read_text())
     assert total > 50 and contents(tmp_path / "counted") == whole
     for at in np.linspace(1, total, 12).astype(int).tolist():
         out = tmp_path / f"killed-{at}"
-        assert run(at, out).returncode == -signal.SIGKILL
+        assert run(at, out) == -signal.SIGKILL
         if not out.exists():
             write_shards(out, "set", rows(), shard_size=7)
         assert contents(out) == whole
@@ -163,16 +158,23 @@ def test_finished_shards_are_not_written_again(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     """A second process waits for the first, and then finds the folder full."""
-    script = (
-        f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r});"
-        "from test_packing import rows; from dist_train.data_shards.write import write_shards;"
-        "write_shards(Path(sys.argv[1]), 'set', rows(), shard_size=7)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "out")]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 1]
-    assert "exists already and is not an empty folder" in "".join(said)
+    fork = multiprocessing.get_context("fork")
+    told = fork.SimpleQueue()
+
+    def pack() -> None:
+        try:
+            write_shards(tmp_path / "out", "set", rows(), shard_size=7)
+            told.put("")
+        except UserError as error:
+            told.put(str(error))
+
+    both = [fork.Process(target=pack) for _ in range(2)]
+    for process in both:
+        process.start()
+    said = sorted(told.get() for _ in both)
+    for process in both:
+        process.join(120)
+    assert said[0] == "" and "exists already and is not an empty folder" in said[1]
     assert check(tmp_path / "out") == [] and len(list(tmp_path.iterdir())) == 1
 
 

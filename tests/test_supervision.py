@@ -47,9 +47,13 @@ def test_what_failed_in_turn_is_said_after_the_cause() -> None:
 @pytest.fixture
 def launched(tmp_path: Path, request: pytest.FixtureRequest) -> subprocess.Popen[bytes]:
     """A launcher whose two ranks have a stubborn child each; the second rank may stop or kill itself."""
-    code = f"import rank_cases; rank_cases.launcher({str(tmp_path)!r}, {request.param!r})"
+    call = f"it.launcher(it.with_children, {str(tmp_path)!r}, {request.param!r})"
     environ = {**os.environ, "PYTHONPATH": str(Path(cases.__file__).parent)}
-    return subprocess.Popen([sys.executable, "-c", code], env=environ, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import launcher_cases as it; {call}"],
+        env=environ,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def alive(folder: Path) -> list[int]:

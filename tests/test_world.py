@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_cases as cases
+import launcher_cases
 import pytest
 
 from dist_train.errors import UserError
@@ -105,7 +106,7 @@ def test_an_exit_code_is_named(tmp_path: Path) -> None:
 def test_the_timeout_ends_hung_ranks(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     with pytest.raises(RankFailed, match="rank-0, rank-1 still running after 1 s: ended"):
-        spawn_ranks(2, cases.hang, str(fifo), timeout=1.0)
+        spawn_ranks(2, launcher_cases.hang, str(fifo), timeout=1.0)
     assert multiprocessing.active_children() == []
 
 
@@ -113,9 +114,7 @@ def test_the_timeout_ends_hung_ranks(tmp_path: Path) -> None:
 def test_no_rank_outlives_the_one_that_started_it(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    code = (
-        f"import engine_cases\nif __name__ == '__main__': engine_cases.hang_all(2, {str(fifo)!r})"
-    )
+    code = f"import launcher_cases as it; it.launcher(it.hang, {str(fifo)!r})"
     environ = {**os.environ, "PYTHONPATH": str(Path(cases.__file__).parent)}
     starter = subprocess.Popen([sys.executable, "-c", code], env=environ)
     try:
