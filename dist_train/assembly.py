@@ -65,7 +65,11 @@ def build(
         evaluation = evaluation_batches(recipe, world, recipe.evaluate.split)
         sets = evaluation_sets(recipe, world)
     objective: Objective = components.build(
-        "objective", recipe.objective, "objective", statistics=data.statistics
+        "objective",
+        recipe.objective,
+        "objective",
+        statistics=data.statistics,
+        root=recipe.root,
     )
     networks = make_networks(recipe, data.known, model, world.device)
     micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size

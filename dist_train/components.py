@@ -35,6 +35,12 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "vae_conv_encoder": "dist_train.models.vae:VAEConvEncoder",
         "vae_conv_decoder": "dist_train.models.vae:VAEConvDecoder",
         "vae_table": "dist_train.models.vae:VAETable",
+        "mlp_generator": "dist_train.models.gan_mlp:MLPGenerator",
+        "mlp_discriminator": "dist_train.models.gan_mlp:MLPDiscriminator",
+        "dcgan_generator": "dist_train.models.dcgan:DCGANGenerator",
+        "dcgan_discriminator": "dist_train.models.dcgan:DCGANDiscriminator",
+        "translator": "dist_train.models.cyclegan:Translator",
+        "patch_discriminator": "dist_train.models.cyclegan:PatchDiscriminator",
     },
     "objective": {
         "classification": "dist_train.objectives.classification:Classification",
@@ -43,6 +49,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "wgan_gp": "dist_train.objectives.wgan_gp:WassersteinGradientPenalty",
         "reconstruction": "dist_train.objectives.reconstruction:Reconstruction",
         "elbo": "dist_train.objectives.elbo:EvidenceLowerBound",
+        "gan": "dist_train.objectives.gan:GAN",
+        "cyclegan": "dist_train.objectives.cyclegan:CycleGAN",
     },
     "optimizer": {
         "sgd": "dist_train.optimizers:sgd",
@@ -75,6 +83,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
     },
     "callback": {
         "clip_gradients": "dist_train.callbacks.clip_gradients:ClipGradients",
+        "clip_weights": "dist_train.callbacks.clip_weights:ClipWeights",
+        "mode_watch": "dist_train.callbacks.mode_watch:ModeWatch",
         "learning_rate_decay": "dist_train.callbacks.learning_rate_decay:LearningRateDecay",
         "activation_scale": "dist_train.callbacks.activation_scale:ActivationScale",
         "schedule": "dist_train.callbacks.schedule:Schedule",
@@ -112,6 +122,12 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "bits_per_byte": "dist_train.metrics:bits_per_byte",
         "perplexity": "dist_train.metrics:perplexity",
         "edit_error": "dist_train.metrics:edit_error",
+        "frechet_distance": "dist_train.sample_quality:FrechetDistance",
+        "covered_modes": "dist_train.sample_quality:CoveredModes",
+        "label_agreement": "dist_train.sample_quality:label_agreement",
+        "paired_l1": "dist_train.sample_quality:paired_l1",
+        "paired_l1_back": "dist_train.sample_quality:paired_l1_back",
+        "identity_l1": "dist_train.sample_quality:identity_l1",
     },
     "transform": {
         "random_crop": "dist_train.data_shards.transforms:RandomCrop",

@@ -141,6 +141,7 @@ FLOORS = [  # each may import those above it in this list, and its own
         "interruption",
         "meter",
         "metrics",
+        "sample_quality",
         "ensembles",
         "diagnose.curves",
         "schedules",

@@ -60,7 +60,7 @@ PROVIDED: dict[str, tuple[str, ...]] = {
     "optimizer": ("groups",),
     "init": ("weight", "fan_in", "fan_out"),
     "transform": ("statistics", "beside", "sample", "rng"),
-    "objective": ("statistics",),
+    "objective": ("statistics", "root"),
 }
 """Arguments that the trainer gives to the parts of a kind, so that a recipe cannot."""
 
@@ -341,7 +341,7 @@ class Recipe(Section):
                     components.build(kind, spec, where)
                 elif kind == "optimizer":
                     components.build(kind, spec, where, groups=one_parameter())
-            objective = components.build("objective", self.objective, "objective")
+            objective = components.build("objective", self.objective, "objective", root=self.root)
             if sorted(objective.players) != sorted(self.players):
                 raise UserError(
                     f"model: got the players {', '.join(self.players)}, expected those of objective "

@@ -66,7 +66,7 @@ def _check(recipe: Recipe, seeds: int) -> None:
         raise UserError(
             f"strategy: got {', '.join(sorted(names))} with --seeds, expected single or ddp: a member is one process"
         )
-    objective = components.build("objective", recipe.objective, "objective")
+    objective = components.build("objective", recipe.objective, "objective", root=recipe.root)
     if type(objective).combine is Objective.combine:
         raise UserError(f"--seeds: objective '{recipe.objective['name']}' combines no members")
 

@@ -65,7 +65,9 @@ def verify(
     recipe.check_components()
     assembly.make_callbacks(recipe)
     _check_ranks(recipe, ranks)
-    objective: Objective = components.build("objective", recipe.objective, "objective")
+    objective: Objective = components.build(
+        "objective", recipe.objective, "objective", root=recipe.root
+    )
     if steps is None:
         steps = _steps_for_every_player(objective)
     if steps < 2:
