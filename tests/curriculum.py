@@ -45,6 +45,11 @@ CANCELLED = {"critic/critic.score.bias"}
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ADAM = {"name": "adam", "learning_rate": 3e-3}
 
+PICTURE = {"channels": "auto", "image_size": "auto"}
+LABELLED = {**PICTURE, "num_classes": "auto"}
+TRANSLATOR = {"name": "translator", "width": 2, "blocks": 1, "channels": "auto"}
+PATCHES = {"name": "patch_discriminator", "width": 2, "channels": "auto"}
+
 LEARNS = {"resnet_imagenet-regression": 60}
 """After how many steps a loss has surely fallen, if not after 30: 50 layers take longer."""
 
@@ -168,6 +173,49 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "wgan_gp", "latent_dim": 8, "critic_steps": 2},
         "shapes": {},  # it has no evaluation
     },
+    "mlp_generator-mlp_discriminator-gan": {
+        "data": {"path": "pictures", "scale": "signed"},
+        "model": {
+            "generator": {"name": "mlp_generator", "latent_dim": 8, "hidden": 16, **LABELLED},
+            "discriminator": {"name": "mlp_discriminator", "hidden": 16, **LABELLED},
+        },
+        "objective": {
+            "name": "gan",
+            "loss": "minimax",
+            "latent_dim": 8,
+            "discriminator_steps": 2,
+            "num_classes": 10,
+        },
+        "callbacks": {"noise": {"name": "schedule", "scalar": "instance_noise", "value": 0.1}},
+        "shapes": {"generated": (4, 1, 32, 32)},
+    },
+    "dcgan_generator-dcgan_discriminator-gan": {
+        "data": {"path": "pictures", "scale": "signed"},
+        "model": {
+            "generator": {"name": "dcgan_generator", "latent_dim": 8, "width": 2, **PICTURE},
+            "discriminator": {
+                "name": "dcgan_discriminator",
+                "width": 2,
+                "norm": "spectral",
+                **PICTURE,
+            },
+        },
+        "objective": {"name": "gan", "loss": "hinge", "latent_dim": 8},
+        "callbacks": {"clip_weights": {"bound": 0.5, "players": ["discriminator"]}},
+        "shapes": {"generated": (4, 1, 32, 32)},
+    },
+    "translator-translator-patch_discriminator-patch_discriminator-cyclegan": {
+        "data": {
+            "a": {"path": "pictures", "scale": "signed"},
+            "b": {"path": "pictures", "scale": "signed"},
+        },
+        "model": {
+            "translators": {"to_b": TRANSLATOR, "to_a": TRANSLATOR},
+            "discriminators": {"of_a": PATCHES, "of_b": PATCHES},
+        },
+        "objective": {"name": "cyclegan", "identity": 0.5, "pool": 6},
+        "shapes": {"paired_l1": (4,), "paired_l1_back": (4,), "identity_l1": (4,)},
+    },
     "autoencoder-reconstruction": {
         "data": {"path": "pictures", "scale": "unit"},
         "model": {"name": "autoencoder", "code_dim": 8, "width": 16, "in_features": "auto"},
@@ -268,20 +316,26 @@ def recipe_of(case: str, data: str, **settings: Any) -> Recipe:
         duration="6 steps",
         threads=1,
         log={"every": "2 steps"},
-        data={
-            **parts["data"],
-            "path": str(Path(data) / parts["data"]["path"]),
-            "global_batch": 16,
-            "micro_batch": 4,
-        },
+        data={**_located(parts["data"], data), "global_batch": 16, "micro_batch": 4},
         model=parts["model"],
         objective=parts["objective"],
         optimizer=ADAM,
-        callbacks={"clip_gradients": {"norm": 1.0}, "checkpoint": {"every": "3 steps", "keep": 2}},
+        callbacks={
+            "clip_gradients": {"norm": 1.0},
+            "checkpoint": {"every": "3 steps", "keep": 2},
+            **parts.get("callbacks", {}),
+        },
     )
     for key, value in settings.items():
         recipe = recipe.set(key.replace("__", "."), value)
     return recipe
+
+
+def _located(section: dict[str, Any], data: str) -> dict[str, Any]:
+    """A case's data, of one stream or of several by name, with the folder that they lie in."""
+    if "path" in section:
+        return {**section, "path": str(Path(data) / section["path"])}
+    return {name: _located(stream, data) for name, stream in section.items()}
 
 
 def alone(data: str, folder: str) -> dict[str, Any]:

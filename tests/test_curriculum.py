@@ -41,6 +41,8 @@ PLAYERS_OF = {
         *("transformer", "recurrent_language_model", "temporal_convolution", "captioner")
     ],
     "wgan_gp": ["conv_generator-conv_critic"],
+    "gan": ["mlp_generator-mlp_discriminator", "dcgan_generator-dcgan_discriminator"],
+    "cyclegan": ["translator-translator-patch_discriminator-patch_discriminator"],
     "reconstruction": ["autoencoder", "conv_autoencoder"],
     "elbo": [
         "vae_encoder-vae_decoder",

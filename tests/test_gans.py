@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_train import randomness
 from dist_train.callbacks.mode_watch import ModeWatch
 from dist_train.errors import UserError
 from dist_train.models.cyclegan import Translator
@@ -38,7 +40,9 @@ def test_the_best_discriminator_is_p_over_p_plus_q_and_its_value_the_divergence(
     p, q = torch.tensor([1, 2, 3, 10, 4, 0]), torch.tensor([5, 5, 4, 3, 2, 1])
     real, fake = (torch.arange(6).repeat_interleave(count) for count in (p, q))
     score = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    best = torch.optim.LBFGS([score], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    best = torch.optim.LBFGS(
+        [score], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         best.zero_grad()
@@ -114,7 +118,9 @@ def test_gradient_penalty_is_the_double_backward_by_hand() -> None:
 def test_a_critic_with_the_penalty_estimates_the_wasserstein_distance() -> None:
     """Two normal distributions of the plane, one moved by (1.5, 2): their distance is 2.5."""
     torch.manual_seed(0)
-    critic = nn.Sequential(nn.Linear(2, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+    critic = nn.Sequential(
+        nn.Linear(2, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1)
+    )
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3, betas=(0.5, 0.9))
     move = torch.tensor([1.5, 2.0])
 
@@ -161,7 +167,10 @@ def test_shapes_labels_and_sizes() -> None:
         (DCGANGenerator, DCGANDiscriminator),
     ):
         parts: dict[str, Any] = {"channels": 3, "image_size": 32, "num_classes": 4}
-        generator, discriminator = make_generator(latent_dim=6, **parts), make_discriminator(**parts)
+        generator, discriminator = (
+            make_generator(latent_dim=6, **parts),
+            make_discriminator(**parts),
+        )
         image = generator(latent, label)
         assert image.shape == (2, 3, 32, 32) and image.abs().max() <= 1
         assert discriminator(image, label).shape == (2,)
@@ -169,7 +178,9 @@ def test_shapes_labels_and_sizes() -> None:
         assert not torch.equal(
             discriminator.eval()(image, label), discriminator(image, label.flip(0))
         )
-        with pytest.raises(ValueError, match="num_classes is 4, but the network was given no label"):
+        with pytest.raises(
+            ValueError, match="num_classes is 4, but the network was given no label"
+        ):
             discriminator(image)
     assert [smallest(size) for size in (8, 28, 32, 64)] == [(4, 1), (7, 2), (4, 3), (4, 4)]
     with pytest.raises(ValueError, match="image_size must be"):
@@ -253,7 +264,9 @@ def test_metrics_sum_over_micro_batches_what_the_whole_would_give() -> None:
         totals[0] = totals[0] + distance(outputs, Rows()).values
         totals[1] = totals[1] + modes(outputs, Rows()).values
     whole = [x[:, :9].reshape(36, 3) for x in (real, fake)]
-    expected = frechet_distance(whole[0].mean(0), whole[0].T.cov(), whole[1].mean(0), whole[1].T.cov())
+    expected = frechet_distance(
+        whole[0].mean(0), whole[0].T.cov(), whole[1].mean(0), whole[1].T.cov()
+    )
     assert distance.finish(totals[0].tolist()) == pytest.approx(expected)
     counts = [c[:, :9].flatten().bincount(minlength=5).tolist() for c in classes]
     assert modes.finish(totals[1].tolist()) == covered_modes(counts[1], counts[0])
@@ -297,7 +310,10 @@ def test_turns() -> None:
         ({"discriminator_steps": 0}, "discriminator_steps: got 0"),
         ({"latent_dim": 0}, "latent_dim: got 0"),
         ({"num_classes": -1}, "num_classes: got -1"),
-        ({"judge": "nowhere"}, "judge: got '.*nowhere', expected the run directory of a classifier"),
+        (
+            {"judge": "nowhere"},
+            "judge: got '.*nowhere', expected the run directory of a classifier",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments: dict[str, Any], words: str) -> None:
@@ -332,42 +348,51 @@ def judged_recipe(data: Path, judge: Path) -> Recipe:
 
 
 def test_a_trained_judge_measures_a_gan(tiny_data: Path, tmp_path: Path) -> None:
-    """The judge is a perceptron; what the row says of modes is what its classes and features say."""
+    """The judge is a perceptron: of the real it says what it says itself, of the samples what the metrics say."""
+    data = {"path": str(tiny_data / "digits"), "global_batch": 32, "micro_batch": 32}
     classifier = Recipe(
         name="judge",
         duration="40 steps",
         strategy="single",
         threads=1,
-        data={"path": str(tiny_data / "digits"), "global_batch": 32, "micro_batch": 32},
-        model={"name": "mlp", "depth": 1, "width": 16, "in_features": "auto", "num_outputs": "auto"},
+        data=data,
+        model={
+            "name": "mlp",
+            "depth": 1,
+            "width": 16,
+            "in_features": "auto",
+            "num_outputs": "auto",
+        },
         objective={"name": "classification"},
         optimizer={"name": "adam", "learning_rate": 1e-2},
+        evaluate={"split": "test", "every": "40 steps", "metrics": ["accuracy"]},
         callbacks={"checkpoint": {"every": "40 steps"}},
     )
     train(classifier, run_dir=tmp_path / "judge")
-    recipe = judged_recipe(tiny_data, tmp_path / "judge")
-    train(recipe, run_dir=tmp_path / "gan")
+    train(judged_recipe(tiny_data, tmp_path / "judge"), run_dir=tmp_path / "gan")
     figures = evaluate(tmp_path / "gan")["results"]
-    trainer = restore(tmp_path / "gan")
-    outputs = [
-        trainer.objective.evaluate(trainer.view(), micro) | {"rows": torch.tensor(micro.real)}
-        for micro in trainer.evaluation
-    ]
-    assert outputs[0]["features"].shape[1] == 16
-    real = torch.cat([one["real_features"][: int(one["rows"])] for one in outputs])
-    assert len(real) == 60
-    network = restore(tmp_path / "judge")
-    images = next(iter(network.evaluation)) if network.evaluation else None
-    assert images is None  # it has no evaluation of its own: its data are standardised all the same
-    assert 0 < figures["frechet_distance"] < 1e6
-    assert 0 <= figures["covered_modes"] <= 10
-    rows = [
-        row
-        for row in map(
-            __import__("json").loads, (tmp_path / "gan" / "metrics.jsonl").read_text().splitlines()
-        )
-        if "modes/covered" in row
-    ]
+
+    run = restore(tmp_path / "gan")
+    kept: dict[str, list[Tensor]] = {}
+    for micro in run.evaluation:
+        randomness.reseed(run.seed, run.step, randomness.EVALUATION, micro.index)
+        outputs = run.objective.evaluate(run.view(), micro) | {"label": micro["label"]}
+        for name, value in outputs.items():
+            kept.setdefault(name, []).append(value[: micro.real])
+    seen = {name: torch.cat(parts) for name, parts in kept.items()}
+    assert seen["features"].shape == (60, 16)
+    right = (seen["real_class"] == seen["label"]).double().mean()
+    assert float(right) == evaluate(tmp_path / "judge")["results"]["accuracy"]
+    agreement = (seen["class"] == seen["label"]).double().mean()
+    assert float(agreement) == pytest.approx(figures["label_agreement"])
+    real, fake = seen["real_features"].double(), seen["features"].double()
+    expected = frechet_distance(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov())
+    assert figures["frechet_distance"] == pytest.approx(expected)
+
+    lines = (tmp_path / "gan" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "modes/covered" in row]
+    assert [row["step"] for row in rows] == [3, 6]
     assert rows[-1]["modes/covered"] == figures["covered_modes"]
-    assert len(rows[-1]["modes/shares"]) <= 10
-    assert sum(rows[-1]["modes/shares"]) == pytest.approx(1)
+    shares = seen["class"].bincount() / 60
+    assert rows[-1]["modes/shares"][: len(shares)] == pytest.approx(shares.tolist())
+    assert (rows[-1]["modes/precision"], rows[-1]["modes/recall"]) == precision_recall(real, fake)
