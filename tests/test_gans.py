@@ -1,9 +1,10 @@
-"""Adversarial objectives: losses against closed forms, norms and distances against known ones, modes that are counted."""
+"""Adversarial objectives: losses against closed forms, distances against known ones, modes that are counted."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ from dist_train.sample_quality import (
 from dist_train.trained import evaluate, restore
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_the_best_discriminator_is_p_over_p_plus_q_and_its_value_the_divergence() -> None:
     """Over six outcomes, each as often as p and q say: a free score for each, at the minimum of the loss."""
     p, q = torch.tensor([1, 2, 3, 10, 4, 0]), torch.tensor([5, 5, 4, 3, 2, 1])
@@ -55,7 +64,9 @@ def test_the_best_discriminator_is_p_over_p_plus_q_and_its_value_the_divergence(
     assert torch.allclose(score.detach().sigmoid(), p / (p + q), atol=1e-6)
     middle = (p + q) / 2
     jensen_shannon = (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum() / 2
-    assert -float(closure()) == pytest.approx(2 * float(jensen_shannon) - math.log(4), abs=1e-6)
+    assert -float(closure().detach()) == pytest.approx(
+        2 * float(jensen_shannon) - math.log(4), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("score", [-80.0, -1.0, 0.0, 2.0, 80.0])
@@ -110,13 +121,16 @@ def test_gradient_penalty_is_the_double_backward_by_hand() -> None:
         by_u += s * r
         by_w += torch.outer(u.detach() * s, 2 * (n - 1) / n * g)
         by_w += torch.outer(r * u.detach() * -2 * t * s, row)
-    assert float(penalty) == pytest.approx(total / 4)
+    assert float(penalty.detach()) == pytest.approx(total / 4)
     assert torch.allclose(found_w, by_w / 4)
     assert torch.allclose(found_u, by_u / 4)
 
 
 def test_a_critic_with_the_penalty_estimates_the_wasserstein_distance() -> None:
-    """Two normal distributions of the plane, one moved by (1.5, 2): their distance is 2.5."""
+    """Two normal distributions of the plane, one moved by (1.5, 2): their distance is 2.5.
+
+    At its best a critic of slope s gains s W - penalty (s - 1)^2, so s = 1 + W / (2 penalty): 50 leaves 2.5 %.
+    """
     torch.manual_seed(0)
     critic = nn.Sequential(
         nn.Linear(2, 32), nn.LeakyReLU(0.2), nn.Linear(32, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1)
@@ -130,7 +144,7 @@ def test_a_critic_with_the_penalty_estimates_the_wasserstein_distance() -> None:
     for _ in range(300):
         real, fake = drawn(128)
         loss = minus_distance(critic(real), critic(fake))
-        loss = loss + 10 * gradient_penalty(critic, real, fake, torch.rand(128, 1))
+        loss = loss + 50 * gradient_penalty(critic, real, fake, torch.rand(128, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -199,10 +213,10 @@ def test_a_translator_with_a_skip_starts_as_the_identity() -> None:
 
 def test_cycle_loss_is_0_for_inverse_maps() -> None:
     a, b = torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)
-    loss, to_b, to_a = cycle_loss(lambda x: 2 * x.flip(3) + 1, lambda y: (y.flip(3) - 1) / 2, a, b)
+    loss, to_b, to_a = cycle_loss(lambda x: 2 * x.flip(3), lambda y: y.flip(3) / 2, a, b)
     assert float(loss) == 0
-    assert torch.equal(to_b, 2 * a.flip(3) + 1)
-    assert torch.equal(to_a, (b.flip(3) - 1) / 2)
+    assert torch.equal(to_b, 2 * a.flip(3))
+    assert torch.equal(to_a, b.flip(3) / 2)
     loss, _, _ = cycle_loss(lambda x: x + 1, lambda y: y, a, b)
     assert float(loss) == pytest.approx(2)
 
@@ -321,9 +335,9 @@ def test_mistakes_are_named(arguments: dict[str, Any], words: str) -> None:
         GAN(**arguments)
 
 
-def test_mode_watch_needs_a_judge(tiny_data: Path) -> None:
-    recipe = curriculum.recipe_of("mlp_generator-mlp_discriminator-gan", str(tiny_data))
-    with pytest.raises(UserError, match="needs an evaluate section and objective.judge"):
+def test_mode_watch_needs_a_judge() -> None:
+    recipe = curriculum.recipe_of("mlp_generator-mlp_discriminator-gan", "nowhere")
+    with pytest.raises(UserError, match=r"needs an evaluate section and objective\.judge"):
         ModeWatch().configure(recipe)
 
 
