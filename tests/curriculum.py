@@ -50,6 +50,9 @@ LABELLED = {**PICTURE, "num_classes": "auto"}
 TRANSLATOR = {"name": "translator", "width": 2, "blocks": 1, "channels": "auto"}
 PATCHES = {"name": "patch_discriminator", "width": 2, "channels": "auto"}
 
+RIVALS = ("generator", "discriminators")
+"""Players whose loss need not fall, since the other learns too."""
+
 LEARNS = {"resnet_imagenet-regression": 60}
 """After how many steps a loss has surely fallen, if not after 30: 50 layers take longer."""
 
@@ -204,7 +207,7 @@ CASES: dict[str, dict[str, Any]] = {
         "callbacks": {"clip_weights": {"bound": 0.5, "players": ["discriminator"]}},
         "shapes": {"generated": (4, 1, 32, 32)},
     },
-    "translator-translator-patch_discriminator-patch_discriminator-cyclegan": {
+    "translator-patch_discriminator-cyclegan": {
         "data": {
             "a": {"path": "pictures", "scale": "signed"},
             "b": {"path": "pictures", "scale": "signed"},
@@ -273,14 +276,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def networks_of(case: dict[str, Any]) -> list[str]:
-    """The names of a case's models: one, one a player, or several of one player."""
+    """The names of a case's models, each once: one, one a player, or several of one player."""
 
     def found(tree: dict[str, Any]) -> list[str]:
         return (
             [tree["name"]] if "name" in tree else [n for part in tree.values() for n in found(part)]
         )
 
-    return found(case["model"])
+    return list(dict.fromkeys(found(case["model"])))
 
 
 def pack_pictures(folder: Path) -> None:
@@ -377,7 +380,7 @@ def _learns(recipe: Recipe, folder: Path, case: str) -> dict[str, Any]:
             shapes = {name: list(value.shape) for name, value in outputs.items()}
         return {
             "shapes": shapes,
-            "losses": [turn.loss for turn in turns if turn.player != "generator"],
+            "losses": [turn.loss for turn in turns if turn.player not in RIVALS],
             "without_gradient": sorted(names - touched - CANCELLED),
         }
 

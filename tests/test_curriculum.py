@@ -42,7 +42,7 @@ PLAYERS_OF = {
     ],
     "wgan_gp": ["conv_generator-conv_critic"],
     "gan": ["mlp_generator-mlp_discriminator", "dcgan_generator-dcgan_discriminator"],
-    "cyclegan": ["translator-translator-patch_discriminator-patch_discriminator"],
+    "cyclegan": ["translator-patch_discriminator"],
     "reconstruction": ["autoencoder", "conv_autoencoder"],
     "elbo": [
         "vae_encoder-vae_decoder",

@@ -223,21 +223,20 @@ def test_cycle_loss_is_0_for_inverse_maps() -> None:
 
 def test_a_pool_gives_back_earlier_fakes_and_loses_none() -> None:
     torch.manual_seed(0)
-    pool, given, seen = None, [], []
+    pool: Tensor | None = None
+    given, seen = [], []
     for i in range(40):
         fake = torch.arange(2.0).add(2 * i).view(2, 1, 1, 1)
         out, pool = pooled(pool, fake, 6)
         given += fake.flatten().tolist()
         seen += out.flatten().tolist()
-        assert len(pool) == min(2 * (i + 1), 6)
-        if i < 3:
-            assert torch.equal(out, fake)
+        assert pool.shape == (6, 1, 1, 1)
     assert pool is not None
+    assert given[:2] == seen[:2]
     swapped = sum(a != b for a, b in zip(given, seen, strict=True))
-    assert 20 < swapped < 54  # half of the 74
-    assert set(seen) <= set(given) and set(pool.flatten().tolist()) <= set(given)
-    # each fake was shown, or waits in the pool
-    assert set(given) == set(seen) | set(pool.flatten().tolist())
+    assert 26 <= swapped <= 52  # half of 78
+    waiting = set(pool.flatten().tolist())
+    assert set(given) == set(seen) | waiting  # each fake was shown, or waits
 
 
 def test_frechet_distance_of_normal_distributions() -> None:

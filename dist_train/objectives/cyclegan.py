@@ -29,14 +29,14 @@ def cycle_loss(
 
 
 def pooled(pool: Tensor | None, fake: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """What the discriminator sees of the fakes (B, ...), and the pool (P, ...) that remembers up to `size` of them.
+    """What the discriminator sees of the fakes (B, ...), and the pool (P, ...) that remembers `size` earlier ones.
 
-    A pool that is not full takes all and gives them back; a full one changes each, with probability 1/2, for one of its
-    own that it drew (Shrivastava et al. 2017, section 2.3).
+    Each is changed, with probability 1/2, for one that the pool drew, and stays there in its place (Shrivastava et al.
+    2017, arXiv:1612.07828, section 2.3). The first fakes fill the pool, over and over: its shape is that of all steps.
     """
-    pool = fake[:0] if pool is None else pool
-    if len(pool) < size:
-        return fake, torch.cat([pool, fake])[:size]
+    if pool is None:
+        repeats = -(-size // len(fake))
+        return fake, fake.repeat(repeats, *[1] * (fake.ndim - 1))[:size]
     place = torch.randperm(size, device=fake.device)[: len(fake)]  # (B,)
     swap = torch.rand(len(fake), *[1] * (fake.ndim - 1), device=fake.device) < 0.5
     old = pool[place]
