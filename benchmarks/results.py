@@ -48,13 +48,15 @@ class Row:
     seeds: int = 1
     trunk: str = ""
     """The row from whose run the weights start."""
+    judge: str = ""
+    """The row whose classifier judges samples."""
 
     @property
     def command(self) -> str:
         settings = [f"--set {shlex.quote(setting)}" for setting in self.settings]
-        return " ".join(
-            [self.recipe, *settings, *(["--set weights.from=RUN"] if self.trunk else [])]
-        )
+        trunk = ["--set weights.from=RUN"] if self.trunk else []
+        judge = ["--set objective.judge=RUN"] if self.judge else []
+        return " ".join([self.recipe, *settings, *trunk, *judge])
 
 
 FILE = Path(__file__).with_suffix(".yaml")
@@ -76,9 +78,10 @@ def train(row: Row, folder: Path, seed: int, runs: Path) -> None:
     command += ["--run-dir", str(folder), "--set", "threads=1", "--set", f"seed={seed}"]
     for setting in row.settings:
         command += ["--set", setting]
-    if row.trunk:
-        source = next(other for other in ROWS if other.name == row.trunk)
-        command += ["--set", f"weights.from={folder_of(source, runs)}"]
+    for key, name in (("weights.from", row.trunk), ("objective.judge", row.judge)):
+        if name:
+            source = next(other for other in ROWS if other.name == name)
+            command += ["--set", f"{key}={folder_of(source, runs)}"]
     load = os.getloadavg()[0]
     subprocess.run(command, check=True, cwd=ROOT)
     (folder / "load.txt").write_text(f"{load:.1f}")

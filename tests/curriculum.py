@@ -174,7 +174,7 @@ CASES: dict[str, dict[str, Any]] = {
             },
         },
         "objective": {"name": "wgan_gp", "latent_dim": 8, "critic_steps": 2},
-        "shapes": {},  # it has no evaluation
+        "shapes": {"generated": (4, 1, 32, 32)},
     },
     "mlp_generator-mlp_discriminator-gan": {
         "data": {"path": "pictures", "scale": "signed"},
@@ -195,10 +195,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dcgan_generator-dcgan_discriminator-gan": {
         "data": {"path": "pictures", "scale": "signed"},
         "model": {
-            "generator": {"name": "dcgan_generator", "latent_dim": 8, "width": 2, **PICTURE},
+            "generator": {"name": "dcgan_generator", "latent_dim": 8, "width": 4, **PICTURE},
             "discriminator": {
                 "name": "dcgan_discriminator",
-                "width": 2,
+                "width": 4,
                 "norm": "spectral",
                 **PICTURE,
             },
