@@ -19,6 +19,7 @@ from dist_train import assembly
 from dist_train.data import RunData
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
+from dist_train.verify.payload import Payload
 from dist_train.world import World, pin_threads
 
 NOWHERE = RunDirectory(Path("nowhere"))
@@ -127,6 +128,26 @@ def without_workspaces(events: Any, changes: list[tuple[int, int]]) -> list[tupl
                 within.append((at, change))
         kept += within
     return kept + list(rest)
+
+
+def resolved_and_sent(plans: list[list[Any]], grid: dict[str, Any], steps: int) -> dict[str, float]:
+    """Runs as of `cases.train_cases`; then bytes of payload that a rank hands to collectives in a step, the mean over
+    the ranks and over `steps` steps after as many, of each {case: recipe's settings}."""
+    cases.train_cases(plans)
+    world = World.join(group=True)
+    found = {}
+    for case, settings in grid.items():
+        recipe = Recipe(**settings)
+        pin_threads(1, 1)
+        batches = list(RunData(recipe, world).batches.from_(0, 2 * steps))
+        trainer = assembly.build(recipe, world, NOWHERE)
+        trainer.callbacks.by_name, trainer.data = {}, Read(batches)
+        trainer.train(until=steps)
+        with Payload() as payload:
+            trainer.train(until=2 * steps)
+        found[case] = sum(world.gather(payload.bytes)) / world.size / steps
+    world.leave()
+    return found
 
 
 def measured_in_ranks(data: str, grid: list[list[Any]], steps: int) -> dict[str, int]:

@@ -163,7 +163,7 @@ FLOORS = [  # each may import those above it in this list, and its own
     },
     {"callbacks", "data"},
     {"trainer", "loop", "evaluation", "state", "unfinished"},
-    {"forecast.footprint", "forecast.auto"},
+    {"forecast.footprint", "forecast.views", "forecast.auto"},
     {"assembly"},
     {"run"},
     {"forecast.plan", "ranks.preload"},

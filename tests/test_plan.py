@@ -20,6 +20,7 @@ from dist_train.forecast.auto import resolve
 from dist_train.forecast.hardware import DEVICES, device
 from dist_train.forecast.plan import plan
 from dist_train.forecast.tracing import Step, foresee
+from dist_train.forecast.views import seen_in_a_step
 from dist_train.launch.cli import main
 from dist_train.recipe import Recipe
 from dist_train.testing import spawn_ranks
@@ -115,15 +116,56 @@ def test_auto_never_takes_a_slower_one_than_needed(tiny_data: Path) -> None:
     assert footprint.candidates(recipe, 1)[0] == {"name": "single"}
 
 
-def test_auto_is_resolved_before_the_run(tiny_data: Path, tmp_path: Path) -> None:
+SENT: dict[str, dict[str, Any]] = {
+    "zero2": {"name": "zero2"},
+    "zero3": {"name": "zero3", "persistence_threshold": 0},
+    "zero3-layers": {"name": "zero3", "persistence_threshold": 0, "view_elements": 0},
+    "zero3-some": {"name": "zero3", "persistence_threshold": 100, "view_elements": 20_000},
+    "fsdp2": {"name": "fsdp2"},
+    "fsdp2-layers": {"name": "fsdp2", "view_elements": 0},
+}
+SENT_STEPS = 2  # one of them with a generator's turn
+SENT_MICRO_BATCHES = 3  # of a rank; only two are foreseen
+
+
+@pytest.fixture(scope="module")
+def wgan_gp_in_ranks(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     recipe = cases.tiny_recipe("wgan_gp", tiny_data, duration="4 steps", strategy="auto")
+    run_dir = tmp_path_factory.mktemp("auto") / "run"
+    grid = {name: sent_recipe(tiny_data, name).as_dict() for name in SENT}
+    plans = [[recipe.as_dict(), str(run_dir), None]]
+    sent = spawn_ranks(2, plan_cases.resolved_and_sent, plans, grid, SENT_STEPS, timeout=240)[0]
+    foreseen = foresee(sent_recipe(tiny_data, "zero2"), assembly.build_one, micro_batches=2)
+    return {"recipe": recipe, "run_dir": run_dir, "sent": sent, "foreseen": foreseen}
+
+
+def sent_recipe(data: Path, strategy: str) -> Recipe:
+    recipe = cases.tiny_recipe("wgan_gp", data, micro_batches=2 * SENT_MICRO_BATCHES)
+    return recipe.set("strategy", SENT[strategy]).set("callbacks", {})
+
+
+@pytest.mark.parametrize("strategy", SENT)
+def test_what_players_send_is_what_plan_says(
+    wgan_gp_in_ranks: dict[str, Any], tiny_data: Path, strategy: str
+) -> None:
+    """A player's live turns, its given ones, and the views that other turns have of it, whole or layer by layer."""
+    recipe, spec, count = sent_recipe(tiny_data, strategy), SENT[strategy], SENT_MICRO_BATCHES
+    step, trainer = wgan_gp_in_ranks["foreseen"]
+    seen = seen_in_a_step(recipe, assembly.build_one, trainer, spec, count)
+    often = {"critic": 1.0, "generator": 0.5}
+    due = footprint.wire_bytes(step, spec, 2, count, often, seen)
+    sent = wgan_gp_in_ranks["sent"][strategy]
+    print(f"{strategy}: foreseen {due:,.0f}, sent {sent:,.0f}")
+    assert sent == pytest.approx(due, rel=0.02)
+
+
+def test_auto_is_resolved_before_the_run(wgan_gp_in_ranks: dict[str, Any]) -> None:
+    recipe, run_dir = wgan_gp_in_ranks["recipe"], wgan_gp_in_ranks["run_dir"]
     assert resolve(recipe, World(), assembly.build_one).strategies == {
         "generator": {"name": "single"},
         "critic": {"name": "single"},
     }
-    plans = [[recipe.as_dict(), str(tmp_path / "run"), None]]
-    spawn_ranks(2, cases.train_cases, plans, timeout=60)
-    assert Recipe.load(tmp_path / "run").strategies["critic"] == {"name": "ddp"}
+    assert Recipe.load(run_dir).strategies["critic"] == {"name": "ddp"}
 
 
 def test_auto_foresees_the_module_that_is_given(

@@ -8,6 +8,7 @@ from typing import Any
 from dist_train.engine.layers import VIEW_ELEMENTS
 from dist_train.engine.zero import ZERO_BUCKET
 from dist_train.forecast.tracing import Step
+from dist_train.forecast.views import NOTHING_SEEN, Seen
 from dist_train.recipe import Recipe
 from dist_train.recipe.checks import SHARDED_WEIGHTS, WHOLE_TENSORS
 from dist_train.strategies import SHARDED
@@ -156,14 +157,17 @@ def wire_bytes(
     ranks: int,
     micro_batches: int,
     turns: Mapping[str, float],
+    seen: Seen = NOTHING_SEEN,
 ) -> float:
     """Payload that a rank hands to collectives in a step, on average: what a ring moves.
 
     ZeRO-2 sums its gradients over the ranks after each micro-batch; ZeRO-3 and FSDP2 gather their weights twice
     besides, FSDP2 once a step where it keeps them. Across its groups it sums once a step what a rank holds.
+    Gradients that are given are summed once a turn; under ZeRO-3, which gathers the weights for that, or by the views.
 
     Args:
         turns: how often each player has a turn in a step.
+        seen: what views send.
     """
     name, group = strategy["name"], strategy.get("shard_degree", ranks)
     gathers = 2.0 * micro_batches if strategy.get("reshard_after_forward", True) else 1.0
@@ -175,6 +179,14 @@ def wire_bytes(
         "zero3": 3.0 * micro_batches,
         "fsdp2": micro_batches + gathers,
     }[name]
-    share = times * (group - 1) / group
-    share += 2.0 / group * (ranks // group - 1) / (ranks // group)
-    return sum(share * step.trained[player] * often for player, often in turns.items())
+    at_once = {"zero2": 2.0, "zero3": 2.0, "fsdp2": 1.0}.get(name, times)
+    sent, summed = 0.0, seen.scattered  # over the ranks of a group; across the groups
+    for player, often in turns.items():
+        if player not in seen.by_layer:
+            size = step.trained[player] * often
+            sent += size * (at_once if player in seen.given else times)
+            summed += size
+    if name in SHARDED_WEIGHTS:
+        sent += seen.gathered + seen.scattered
+    across = 2.0 / group * (ranks // group - 1) / (ranks // group)
+    return sent * (group - 1) / group + summed * across

@@ -16,6 +16,7 @@ from dist_train.forecast import footprint
 from dist_train.forecast.auto import GIB
 from dist_train.forecast.hardware import Device
 from dist_train.forecast.tracing import Step, foresee, turns_per_step
+from dist_train.forecast.views import Seen, seen_in_a_step
 from dist_train.recipe import Recipe
 from dist_train.recipe.checks import check_shard_degrees
 from dist_train.strategies import AUTO, SHARDED
@@ -48,6 +49,7 @@ def plan(
     choices = footprint.candidates(recipe, ranks)
     for strategy in [*choices, *footprint.besides(recipe, ranks)]:
         held = footprint.rank_memory(step, strategy, ranks, share)
+        seen = seen_in_a_step(recipe, assembly.build_one, trainer, strategy, share)
         rows.append(
             {
                 "strategy": named(strategy),
@@ -57,7 +59,7 @@ def plan(
                 "largest_micro_batch": _largest(
                     recipe, strategy, ranks, (step, second), other, limit
                 ),
-                **_time(recipe, step, strategy, device, nodes, per_node, share, often),
+                **_time(recipe, step, strategy, device, nodes, per_node, share, often, seen),
             }
         )
     auto = footprint.fastest(choices, step, ranks, share, limit)
@@ -220,6 +222,7 @@ def _time(
     per_node: int,
     micro_batches: int,
     often: Mapping[tuple[str, int], float],
+    seen: Seen,
 ) -> dict[str, float]:
     """Seconds of a step at the roofline: every operation as fast as arithmetic or memory allows, all traffic hidden
     behind them where it is shorter."""
@@ -232,7 +235,7 @@ def _time(
     players: dict[str, float] = {}
     for (player, _), n in often.items():
         players[player] = players.get(player, 0.0) + n
-    wire = footprint.wire_bytes(step, strategy, ranks, micro_batches, players)
+    wire = footprint.wire_bytes(step, strategy, ranks, micro_batches, players, seen)
     link = device.network if nodes > 1 else device.link
     compute += update / (strategy.get("shard_degree", ranks) if strategy["name"] in SHARDED else 1)
     return {

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dist_train.trainer import Trainer
 
 aten = torch.ops.aten
+T = TypeVar("T")
 SEARCHED = 100
 """A turn that does not come within so many steps is not traced."""
 
@@ -179,6 +180,17 @@ def foresee(
     Returns: what the step held and computed, and the trainer, whose tensors are fake.
     Raises: Unforeseeable when the step's course depends on values, which fake tensors have not.
     """
+    return on_fakes(recipe, build, _traced, micro_batch, micro_batches)
+
+
+def on_fakes(
+    recipe: Recipe,
+    build: Callable[[Recipe], Trainer],
+    trace: Callable[[Trainer, list[Any]], T],
+    micro_batch: int | None = None,
+    micro_batches: int = 1,
+) -> tuple[T, Trainer]:
+    """What `trace` finds when it takes that step, of this batch; else as `foresee`."""
     size = micro_batch or recipe.data.micro_batch
     bare = recipe.set("strategy", "single").set("data.micro_batch", size)
     bare = (
@@ -198,7 +210,7 @@ def foresee(
         fake = [micro._map(mode.from_tensor) for micro in batch]
         trainer.data = _Once(fake)
         with mode, _modules_overwrite():
-            return _traced(trainer, fake), trainer
+            return trace(trainer, fake), trainer
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise Unforeseeable(
             f"the step cannot be foreseen: its course or its shapes depend on values ({error})"
@@ -227,14 +239,14 @@ def _traced(trainer: Trainer, batch: list[Any]) -> Step:
         index = turn
 
     for player, engine in trainer.engines.items():
-        engine.begin_turn = _after(engine.begin_turn, begun)  # type: ignore[method-assign]
-        engine.backward = _after(  # type: ignore[method-assign]
+        engine.begin_turn = after(engine.begin_turn, begun)  # type: ignore[method-assign]
+        engine.backward = after(  # type: ignore[method-assign]
             engine.backward, lambda *_, engine=engine, **__: _mark(live, engine)
         )
-        engine.reduce = _after(  # type: ignore[method-assign]
+        engine.reduce = after(  # type: ignore[method-assign]
             engine.reduce, lambda player=player: section("backward", (player, index))
         )
-        engine.step = _after(  # type: ignore[method-assign]
+        engine.step = after(  # type: ignore[method-assign]
             engine.step, lambda player=player: section("update", (player, index))
         )
         for parameter in engine.trained.values():
@@ -292,7 +304,7 @@ def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _after(method: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+def after(method: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
     def both(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
         then(*args, **kwargs)
