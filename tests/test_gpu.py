@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import engine_cases
 import pytest
 import torch
 
@@ -45,14 +46,19 @@ def test_one_process_is_two_ranks_is_every_stage(model: str, tiny_data: Path) ->
     assert all(row["verdict"] == "pass" for row in found["rows"])
 
 
+MORE = ("zero3-layers", "fsdp2-layers", "zero1-offload", "zero2-disk", "zero3-disk")
+"""What is run for the Transformer only."""
+
+
 def alone(data: str, folder: str) -> dict[str, list[float]]:
     """The losses of a rank alone with its GPU, over NCCL, by model, precision and strategy."""
     found = {}
     for model in cases.MODELS:
         for precision in ("fp32", "bf16", "fp16"):
-            for name in STRATEGIES:
+            more = MORE if model == "transformer" and precision != "fp16" else ()
+            for name in (*STRATEGIES, *more):
                 recipe = cases.tiny_recipe(model, data, precision=precision)
-                recipe = recipe.set("strategy", cases.strategy(name))
+                recipe = recipe.set("strategy", engine_cases.SPECS[name])
                 case = f"{model}-{precision}-{name}"
                 try:
                     run = tiny_run(recipe, Path(folder) / case, steps=STEPS)
@@ -68,7 +74,7 @@ def test_every_precision_under_every_stage(tiny_data: Path, tmp_path: Path) -> N
     (found,) = spawn_ranks(1, alone, str(tiny_data), str(tmp_path), timeout=240)
     print(found)
     for case, losses in found.items():
-        model, precision, _ = case.split("-")
+        model, precision, _ = case.split("-", maxsplit=2)
         bound = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}[precision]
         exact = found[f"{model}-fp32-ddp"]
         assert losses == pytest.approx(exact, rel=bound, abs=bound), case
@@ -104,6 +110,39 @@ def test_no_step_waits_for_the_gpu(
         run.train(recipe, run_dir=tmp_path / "run")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("model", ["resnet", "wgan_gp"])
+def test_images_are_transformed_on_the_gpu(model: str, tiny_data: Path, tmp_path: Path) -> None:
+    """The same draws and the same pixels as on the CPU."""
+    recipe = cases.tiny_recipe(model, tiny_data, strategy="single", deterministic=True)
+    crop = {"train": [{"name": "random_crop", "size": 8, "padding": 1}]}
+    rows = []
+    for where in ("cpu", "device"):
+        here = recipe.set("data.transforms", crop | ({"on": where} if where == "device" else {}))
+        run = tiny_run(here, tmp_path / where, steps=STEPS)
+        rows.append([v for k, v in RunDirectory.open(run).rows()[-1].items() if "loss" in k])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+
+
+def four(data: str, folder: str) -> dict[str, float]:
+    """The last loss of four ranks that share the GPU, by strategy."""
+    found = {}
+    for name in ("ddp", "zero3-layers", "fsdp2-layers", *engine_cases.FOUR_RANKS):
+        recipe = cases.tiny_recipe("wgan_gp", data).set("strategy", engine_cases.SPECS[name])
+        run = tiny_run(recipe, Path(folder) / name, steps=STEPS)
+        row = RunDirectory.open(run).rows()[-1]
+        found[name] = next(v for k, v in row.items() if k.endswith("loss"))
+    return found
+
+
+def test_four_ranks_that_share_a_gpu_are_sharded_in_every_way(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    found = spawn_ranks(4, four, str(tiny_data), str(tmp_path), timeout=240)[0]
+    print(found)
+    for name, loss in found.items():
+        assert loss == pytest.approx(found["ddp"], rel=1e-4, abs=1e-5), name
 
 
 def test_a_gpu_and_a_cpu_agree(tiny_data: Path, tmp_path: Path) -> None:

@@ -23,11 +23,16 @@ OPTIMIZERS: dict[str, Any] = {
     "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.1),
 }
 SHAPES = ((5, 3), (3,), (4, 5), (4,))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator).to(DEVICE)
 
 
 def optimizer_of(name: str) -> Any:
     generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    weights = [nn.Parameter(drawn(shape, generator)) for shape in SHAPES]
     groups = [{"params": weights[::2]}, {"params": weights[1::2], "weight_decay": 0.0}]
     optimizer = OPTIMIZERS[name](groups)
     materialise(optimizer)
@@ -41,7 +46,7 @@ def weights_of(optimizer: Any) -> list[nn.Parameter]:
 def give_gradients(optimizer: Any, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in weights_of(optimizer):
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = drawn(tuple(parameter.shape), generator)
 
 
 def state_of(optimizer: Any) -> list[Tensor]:
@@ -63,7 +68,7 @@ def test_the_bits_are_those_of_torchs_own_step(name: str) -> None:
                 if "betas" in group:
                     group["betas"] = (0.9 - 0.1 * step, 0.99)
         fused = name not in ("plain", "rmsprop")
-        divisor = torch.tensor(1.0 + step) if fused and step % 3 else None
+        divisor = torch.tensor(1.0 + step, device=DEVICE) if fused and step % 3 else None
         gradients = [p.grad for p in weights_of(ours)]
         theirs.grad_scale = divisor
         theirs.step()
@@ -112,7 +117,7 @@ def test_gradients_are_divided_then_clipped(name: str, value: float | None) -> N
         parameter.grad.div_(4.0)  # a power of 2, so that no order of rounding shows
         if value is not None:
             parameter.grad.clamp_(-value, value)
-    Update(ours)([p.grad for p in weights_of(ours)], torch.tensor(4.0), value)
+    Update(ours)([p.grad for p in weights_of(ours)], torch.tensor(4.0, device=DEVICE), value)
     theirs.step()
     assert all(map(torch.equal, state_of(ours), state_of(theirs)))
 

@@ -80,6 +80,8 @@ class ZeroEngine(Engine):
 
     def _make_slices(self, config: dict[str, Any]) -> None:
         """Make the weights that are not there yet, one after the other, and keep this rank's slice of each."""
+        # each player makes its groups for hpZ; DeepSpeed expects one engine a process, and keeps the last ones
+        self.deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         sliced: Any = None
         for parameter in self.names.values():
             value = value_of(parameter)
