@@ -4,8 +4,9 @@
 
 It needs torch and this package, no data and no network. First the card's own limits: matrix products, its memory,
 copies from the host. Then GPT-2 124M (T 1024), a 1.3 B Transformer (T 2048), ResNet-50 and DCGAN-64 in bf16: rounds
-of our trainer and of the raw loop take turns. The results so far are written after every stage; what no longer fits
-into `--minutes` is left out and said to be. `--device cpu --small` runs the same in miniature anywhere.
+of our trainer and of the raw loop take turns, for DCGAN-64 also the loop of tutorials (fp32, as written). The results
+so far are written after every stage; what no longer fits into `--minutes` is left out and said to be.
+`--only resnet-50,dcgan-64` measures those alone; `--device cpu --small` runs the same in miniature anywhere.
 
 FLOPs of Transformers: 6 N + 12 L d T a token, N without the table of positions; of the others: counted. MFU is against
 the dense peak of the card in `dist_train/forecast/hardware.py`, and `of_matmul` against the product measured here.
@@ -101,9 +102,13 @@ def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[
     peak = torch.cuda.max_memory_allocated() if bench.kind == "cuda" else None
     raw = work.raw(work, batches, bench)
     bench.seconds(lambda: raw(bench.warm_up))
-    times: dict[str, list[float]] = {"ours": [], "raw": []}
+    loops = {"ours": ours, "raw": raw}
+    if work.stock is not None:
+        loops["stock"] = work.stock(work, batches, bench)
+        bench.seconds(lambda: loops["stock"](bench.warm_up))
+    times: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(bench.rounds):
-        for name, loop in (("ours", ours), ("raw", raw)):
+        for name, loop in loops.items():
             times[name].append(bench.seconds(lambda loop=loop: loop(bench.steps)) / bench.steps)
     seconds = {name: statistics.median(found) for name, found in times.items()}
     weights = sum(step.weights.values()) // 4
@@ -125,6 +130,8 @@ def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[
         "host_gap_seconds": host_gap(ours, bench),
         "seconds_of_rounds": times,
     }
+    if "stock" in seconds:
+        found["ours_over_stock"] = round(seconds["stock"] / seconds["ours"], 4)
     trainer.callbacks.call("run_ends", trainer)
     return found
 
@@ -185,7 +192,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default="", help="the one workload to measure")
+    parser.add_argument("--only", default="", help="the workloads to measure, by comma")
     parser.add_argument("--small", action="store_true", help="miniatures, to see that it runs")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
@@ -204,7 +211,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for work in workloads(arguments.small, compiled=on_gpu):
-            if arguments.only not in ("", work.name):
+            if arguments.only and work.name not in arguments.only.split(","):
                 continue
             if time.monotonic() > until:
                 found[work.name] = {"left_out": f"the {arguments.minutes:g} minutes were over"}

@@ -35,6 +35,8 @@ class Workload:
     settings: dict[str, Any]
     convention: Callable[[int], float] | None = None
     """FLOPs of a unit from the number of weights; counted where None."""
+    stock: Callable[[Workload, list[dict[str, Tensor]], Bench], Callable[[int], None]] | None = None
+    """A loop as tutorials write it, where there is a well-known one."""
 
 
 @dataclass
@@ -169,14 +171,20 @@ def raw_supervised(
 def raw_gan(
     work: Workload, batches: list[dict[str, Tensor]], bench: Bench
 ) -> Callable[[int], None]:
-    """The stock loop: two optimisers, the fake images computed once and used in both turns."""
+    """Two fused optimisers, autocast, the same settings of compile and memory format, and the fake images computed once
+    and used in both turns."""
     networks = fresh_networks(work, bench)
-    generator, discriminator = networks["generator"], networks["discriminator"]
     rate = work.optimizer["learning_rate"]
     first, second = (
-        torch.optim.Adam(network.parameters(), rate, betas=(0.5, 0.999), fused=True)
-        for network in (discriminator, generator)
+        torch.optim.Adam(networks[name].parameters(), rate, betas=(0.5, 0.999), fused=True)
+        for name in ("discriminator", "generator")
     )
+    if work.settings.get("channels_last"):
+        networks = {n: net.to(memory_format=torch.channels_last) for n, net in networks.items()}
+    calls: Any = networks
+    if work.settings.get("compile"):
+        calls = {name: torch.compile(network) for name, network in networks.items()}
+    generator, discriminator = calls["generator"], calls["discriminator"]
 
     def loop(steps: int) -> None:
         for step in range(steps):
@@ -193,6 +201,40 @@ def raw_gan(
             second.zero_grad()
             loss.backward()
             second.step()
+
+    return loop
+
+
+def stock_gan(
+    work: Workload, batches: list[dict[str, Tensor]], bench: Bench
+) -> Callable[[int], None]:
+    """The loop of tutorials: fp32, as written, real and fake batches one after the other, losses read every step."""
+    networks = fresh_networks(work, bench)
+    generator, discriminator = networks["generator"], networks["discriminator"]
+    rate = work.optimizer["learning_rate"]
+    first, second = (
+        torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999))
+        for net in (discriminator, generator)
+    )
+    criterion = nn.BCEWithLogitsLoss()
+    images = [batch["image"].contiguous() for batch in batches]
+
+    def loop(steps: int) -> None:
+        for step in range(steps):
+            real = images[step % len(images)]
+            ones, zeros = (torch.full((len(real),), v, device=real.device) for v in (1.0, 0.0))
+            discriminator.zero_grad()
+            loss_real = criterion(discriminator(real), ones)
+            loss_real.backward()
+            fake = generator(torch.randn(len(real), 100, device=real.device))
+            loss_fake = criterion(discriminator(fake.detach()), zeros)
+            loss_fake.backward()
+            first.step()
+            generator.zero_grad()
+            loss = criterion(discriminator(fake), ones)
+            loss.backward()
+            second.step()
+            _ = (loss_real + loss_fake).item(), loss.item()
 
     return loop
 
@@ -277,6 +319,7 @@ def workloads(small: bool, compiled: bool) -> Iterator[Workload]:
         "images",
         batch,
         {"channels_last": True, "compile": compiled},
+        stock=stock_gan,
     )
 
 

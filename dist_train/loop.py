@@ -127,6 +127,7 @@ class Loop:
             try:
                 step, batch = next(batches)
             except StopIteration:
+                run.heartbeat.enter("callbacks")  # what is done before the next `train` is no wait
                 return
             if run.world.device != "cpu":
                 batch = [micro.to(run.world.device) for micro in batch]

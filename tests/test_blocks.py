@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import tiny_recipe
+from parity_models import family_recipe
 from torch import nn
 
 from dist_train import assembly
@@ -134,6 +135,23 @@ def test_compiled_runs_are_those_without(tiny_data: Path, tmp_path: Path) -> Non
     off, on = losses.values()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert max(abs(a - b) for a, b in zip(off, on, strict=True)) <= 1e-5
+
+
+@pytest.mark.soak
+def test_views_are_compiled_where_the_network_is(tiny_data: Path, tmp_path: Path) -> None:
+    """A GAN with batch norm: the discriminator's turn sees the generator compiled, and the other way round."""
+    if " " in torch.__file__:
+        pytest.skip("torch.compile cannot work from a path with a space")
+    recipe = family_recipe("DCGAN", tiny_data, 2, "none").set("strategy", "single")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    off, on = (
+        cases.losses_of(recipe.set("compile", compiled), World(), tmp_path / str(compiled))
+        for compiled in (False, True)
+    )
+    assert on == pytest.approx(off, abs=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 4  # two networks, live and frozen
 
 
 REFUSED = {

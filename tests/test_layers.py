@@ -25,7 +25,7 @@ class Here(Shards):
     def __init__(self, weights: dict[str, Tensor], small: int) -> None:
         self.weights = weights
         self.sizes = {n: w.numel() for n, w in weights.items() if w.numel() > small}
-        self.lengths = dict(self.sizes)
+        self.lengths, self.device = dict(self.sizes), "cpu"
         self.gathered: list[str] = []
         self.scattered: list[str] = []
         self.alive = self.most = 0

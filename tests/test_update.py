@@ -119,7 +119,9 @@ def test_gradients_are_divided_then_clipped(name: str, value: float | None) -> N
             parameter.grad.clamp_(-value, value)
     Update(ours)([p.grad for p in weights_of(ours)], torch.tensor(4.0, device=DEVICE), value)
     theirs.step()
-    assert all(map(torch.equal, state_of(ours), state_of(theirs)))
+    exact = DEVICE == "cpu"  # a GPU's kernel rounds once where it divides itself
+    for one, other in zip(state_of(ours), state_of(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0 if exact else 1e-6, atol=0)
 
 
 def test_the_divisor_is_that_of_clip_grad_norm() -> None:

@@ -20,42 +20,45 @@ class BufferKeeper:
         self.world = world
         self.floats = [b for b in buffers if b.is_floating_point()]
         self.integers = [b for b in buffers if not b.is_floating_point()]
-        self.live = self.floats + self.integers
-        self.micro_batches = 0
-
-    def begin(self) -> None:
-        if not self.live:
-            return
-        self.before = [b.detach().clone() for b in self.live]
+        self._floats_before = [torch.empty_like(b) for b in self.floats]
+        self._integers_before = [torch.empty_like(b) for b in self.integers]
         self.change = [torch.zeros_like(b) for b in self.floats]
         self.micro_batches = 0
 
-    def after_micro_batch(self, last: bool) -> None:
-        if self.live:
-            self._after_micro_batch(last)
+    @torch.no_grad()
+    def begin(self) -> None:
+        self.micro_batches = 0
+        if self.floats:
+            torch._foreach_copy_(self._floats_before, self.floats)
+            torch._foreach_zero_(self.change)
+        if self.integers:
+            torch._foreach_copy_(self._integers_before, self.integers)
 
     @torch.no_grad()
-    def _after_micro_batch(self, last: bool) -> None:
+    def after_micro_batch(self, last: bool) -> None:
         self.micro_batches += 1
-        start = self.before[: len(self.floats)]
         if self.floats:
-            torch._foreach_add_(self.change, torch._foreach_sub(self.floats, start))
-        for buffer, before in zip(self.live, self.before, strict=True):
-            if not last or buffer.is_floating_point():
-                buffer.copy_(before)
+            torch._foreach_add_(self.change, torch._foreach_sub(self.floats, self._floats_before))
+            torch._foreach_copy_(self.floats, self._floats_before)
+        if self.integers and not last:
+            torch._foreach_copy_(self.integers, self._integers_before)
 
     @torch.no_grad()
     def undo(self) -> None:
         """End a turn that changes nothing."""
-        for buffer, before in zip(self.live, self.before if self.live else [], strict=True):
-            buffer.copy_(before)
-
-    def end(self) -> None:
         if self.floats:
-            self._end()
+            torch._foreach_copy_(self.floats, self._floats_before)
+        if self.integers:
+            torch._foreach_copy_(self.integers, self._integers_before)
 
     @torch.no_grad()
-    def _end(self) -> None:
+    def end(self) -> None:
+        if not self.floats:
+            return
+        if self.world.size == 1:
+            torch._foreach_div_(self.change, self.micro_batches)
+            torch._foreach_add_(self.floats, self.change)
+            return
         flat = torch.cat([c.flatten() for c in self.change])
         self.world.sum_(flat).div_(self.micro_batches * self.world.size)
         mean = [

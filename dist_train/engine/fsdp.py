@@ -306,7 +306,7 @@ class FsdpShards(Shards):
     """Weights as FSDP2 holds them, for the views: of each the rows of a rank."""
 
     def __init__(self, engine: FsdpEngine, small: int) -> None:
-        self.engine = engine
+        self.engine, self.device = engine, engine.world.device
         self.sizes = {n: p.numel() for n, p in engine.names.items() if p.numel() > small}
         self.lengths = {name: engine._share(name) for name in self.sizes}
 

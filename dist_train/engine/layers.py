@@ -33,6 +33,9 @@ class Shards(ABC):
     lengths: dict[str, int]
     """The elements of a rank's slice of it, the same on every rank."""
 
+    device: str
+    """Where they are."""
+
     @abstractmethod
     def small(self) -> dict[str, Tensor]:
         """The other weights, whole and detached."""
@@ -79,7 +82,11 @@ class Layers:
         if not self.leaves:
             for name in self._trained:
                 length = self.shards.lengths.get(name)
-                leaf = self.small[name].detach() if length is None else _shape_alone(length)
+                leaf = (
+                    self.small[name].detach()
+                    if length is None
+                    else _shape_alone(length, self.shards.device)
+                )
                 self.leaves[name] = leaf.requires_grad_()
 
     @property
@@ -118,9 +125,9 @@ class Layers:
         return weight
 
 
-def _shape_alone(length: int) -> Tensor:
+def _shape_alone(length: int, device: str) -> Tensor:
     """A 1-D tensor whose values nobody reads, and that takes no memory."""
-    return torch.zeros(1).expand(length)
+    return torch.zeros(1, device=device).expand(length)
 
 
 class _Gathered(torch.autograd.Function):

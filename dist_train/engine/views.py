@@ -13,6 +13,7 @@ from dist_train.engine.layers import Layers, Shards, read_through, regathered
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.networks.batch_norm import statistics_of_the_batch
+from dist_train.networks.blocks import compile_like
 
 
 class Views:
@@ -34,6 +35,8 @@ class Views:
         gather: Callable[[], dict[str, Tensor]],
     ) -> None:
         self._skeleton, self._evaluation = player.skeleton(), player.skeleton().eval()
+        self._frozen = player.skeleton()
+        compile_like(self._frozen, player)
         self._aliases = _aliases(player)
         self._buffers, self._trained, self._gather = buffers, list(trained), gather
         self._layers: dict[str, Layers] = {}  # by who sees the networks
@@ -90,7 +93,7 @@ class Views:
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         if self.by_layer:
             return self._read("frozen", network, buffers)
-        return self._call(self._skeleton, network, {**self.weights, **buffers})
+        return self._call(self._frozen, network, {**self.weights, **buffers})
 
     def loss_context(self) -> contextlib.AbstractContextManager[Any]:
         """In which the loss of this player's `given` turn is to be computed."""

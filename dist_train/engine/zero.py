@@ -289,7 +289,7 @@ class ZeroShards(Shards):
     """Weights as ZeRO-3 holds them: of each an equal slice, the last ones padded."""
 
     def __init__(self, names: Mapping[str, Any], world: World) -> None:
-        self.names, self.world = names, world
+        self.names, self.world, self.device = names, world, world.device
         large = {name: p for name, p in self.names.items() if not p.ds_persist}
         self.sizes = {name: p.ds_numel for name, p in large.items()}
         self.lengths = {name: p.ds_tensor.ds_numel for name, p in large.items()}

@@ -158,7 +158,7 @@ def _write(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 def compile_forward(module: nn.Module) -> None:
     """Compile the module's forward by `torch.compile`, with the random draws that it makes without.
 
-    Views of the module (frozen, given, in evaluation) are copies, and run as written.
+    Views of the module are copies: frozen ones are compiled too (`compile_like`), the others run as written.
     """
     from torch._inductor import config, cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
@@ -177,3 +177,10 @@ def compile_forward(module: nn.Module) -> None:
         )
     config.fallback_random = True
     module.compile()
+
+
+def compile_like(copy: nn.Module, module: nn.Module) -> None:
+    """Compile the forwards of a copy that are compiled in the module."""
+    for mine, theirs in zip(copy.modules(), module.modules(), strict=True):
+        if theirs._compiled_call_impl is not None:
+            mine.compile()
