@@ -73,7 +73,8 @@ class Assembler:
             if kind == "label":
                 tensors[name] = torch.from_numpy(np.asarray(columns[name], np.int64))
             elif kind == "tokens":
-                tensors[name], tensors["length"] = _padded(columns[name])
+                length = "length" if name == "tokens" else f"{name}_length"
+                tensors[name], tensors[length] = _padded(columns[name])
             else:
                 stacked = self._stacked(name, columns[name], ids)
                 later = name == "image" and self.on_device

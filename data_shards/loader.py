@@ -26,8 +26,9 @@ class MicroBatch:
 
     Where the data have several streams, field `image` of stream `a` is `micro["a.image"]`, and `ids` is (b, streams).
     `tensors` may hold image (b, C, H, W) float32, label (b,) int64, tokens (b, T + 1) int64 padded right with 0, with
-    length (b,) int64, the number of targets of each row; and arrays under their own names. `memory` is an objective's
-    own: tensors that the micro-batch with this index finds again in the next step, also after a resume on other ranks.
+    length (b,) int64, the number of targets of each row (NAME_length where the tokens are called NAME); and arrays
+    under their own names. `memory` is an objective's own: tensors that the micro-batch with this index finds again in
+    the next step, also after a resume on other ranks.
     """
 
     index: int

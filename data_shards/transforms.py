@@ -322,6 +322,41 @@ class Tokenise:
         return {**sample, "tokens": ids[start : start + self.length + 1]}
 
 
+class TokenisePair:
+    """Make `source` and `target` of the texts in two fields, for translation.
+
+    A source is its ids and the boundary; a target the boundary, its ids and the boundary: the last id of the tokenizer
+    is both <bos> and <eos>. Of either at most `length` ids are kept, and of what is cut so the end is not marked.
+    `tokenizer` as in `tokenise`.
+    """
+
+    makes = {"source": "tokens", "target": "tokens"}
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        length: int,
+        tokenizer: str | None = None,
+        beside: tokens.Tokenizer | None = None,
+    ) -> None:
+        _positive("tokenise_pair", length=length)
+        self.reads = (source, target)
+        self.length = length
+        self.tokenizer = beside or tokens.ByteTokenizer()
+        if tokenizer is not None:
+            self.tokenizer = tokens.read(tokenizer)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        source, target = (self.tokenizer.encode(sample[name].encode()) for name in self.reads)
+        end = [self.tokenizer.boundary]
+        return {
+            **sample,
+            "source": np.concatenate([source, end])[: self.length + 1],
+            "target": np.concatenate([end, target, end])[: self.length + 1],
+        }
+
+
 def _window(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
     return {**sample, "image": sample["image"][top : top + height, left : left + width]}
 

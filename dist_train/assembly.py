@@ -13,6 +13,7 @@ from dist_train.callbacks.evaluate import Evaluate
 from dist_train.callbacks.journal import Journal
 from dist_train.callbacks.stragglers import Stragglers
 from dist_train.data import RunData, data_folders, evaluation_batches, evaluation_sets
+from dist_train.data_shards.tokens import load as load_tokenizer
 from dist_train.duration import Duration
 from dist_train.engine import make_engine
 from dist_train.errors import UserError
@@ -64,13 +65,17 @@ def build(
     if recipe.evaluate is not None:
         evaluation = evaluation_batches(recipe, world, recipe.evaluate.split)
         sets = evaluation_sets(recipe, world)
-    objective: Objective = components.build(
-        "objective",
-        recipe.objective,
-        "objective",
-        statistics=data.statistics,
-        root=recipe.root,
-    )
+    given: dict[str, Any] = {"statistics": data.statistics, "root": recipe.root}
+    part = components.resolve("objective", recipe.objective["name"], "objective.name")
+    if "tokenizer" in components.arguments(part):
+        folders = data_folders(recipe)
+        if not folders:
+            raise UserError(
+                f"objective: {recipe.objective['name']} reads the tokenizer beside its data, and these are remote;"
+                " give data.path a folder of this machine"
+            )
+        given["tokenizer"] = load_tokenizer(folders[0])
+    objective: Objective = components.build("objective", recipe.objective, "objective", **given)
     networks = make_networks(recipe, data.known, model, world.device)
     micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size
     players = make_players(networks, recipe, world, objective.given)

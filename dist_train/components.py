@@ -26,6 +26,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "recurrent_classifier": "dist_train.models.recurrent:RecurrentClassifier",
         "captioner": "dist_train.models.captioner:Captioner",
         "temporal_convolution": "dist_train.models.temporal_convolution:TemporalConvolution",
+        "seq2seq": "dist_train.models.seq2seq:Seq2Seq",
+        "encoder_decoder": "dist_train.models.encoder_decoder:EncoderDecoder",
         "conv_generator": "dist_train.models.gan:ConvGenerator",
         "conv_critic": "dist_train.models.gan:ConvCritic",
         "autoencoder": "dist_train.models.autoencoder:Autoencoder",
@@ -46,6 +48,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "classification": "dist_train.objectives.classification:Classification",
         "regression": "dist_train.objectives.regression:Regression",
         "language_modelling": "dist_train.objectives.language_modelling:LanguageModelling",
+        "translation": "dist_train.objectives.translation:Translation",
         "wgan_gp": "dist_train.objectives.wgan_gp:WassersteinGradientPenalty",
         "reconstruction": "dist_train.objectives.reconstruction:Reconstruction",
         "elbo": "dist_train.objectives.elbo:EvidenceLowerBound",
@@ -128,6 +131,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "paired_l1": "dist_train.sample_quality:paired_l1",
         "paired_l1_back": "dist_train.sample_quality:paired_l1_back",
         "identity_l1": "dist_train.sample_quality:identity_l1",
+        "bleu": "dist_train.metrics:BLEU",
     },
     "transform": {
         "random_crop": "dist_train.data_shards.transforms:RandomCrop",
@@ -140,6 +144,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "cutout": "dist_train.data_shards.transforms:Cutout",
         "standardise": "dist_train.data_shards.transforms:Standardise",
         "tokenise": "dist_train.data_shards.transforms:Tokenise",
+        "tokenise_pair": "dist_train.data_shards.transforms:TokenisePair",
     },
     "search": {
         "grid": "dist_train.search.grid:Grid",

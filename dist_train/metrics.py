@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_train import bleu
 from dist_train.errors import UserError
 from dist_train.world import World
 
@@ -249,6 +250,19 @@ def edit_distance(one: Sequence[Any], other: Sequence[Any]) -> int:
             now.append(min(before[j] + 1, now[-1] + 1, before[j - 1] + (a != b)))
         before = now
     return before[-1]
+
+
+class BLEU:
+    """Corpus BLEU (Papineni et al. 2002; sacrebleu's, mixed case, 13a, exponential smoothing), 0 to 100, from `bleu`
+    (b, 10): each row's counts (`dist_train.bleu`)."""
+
+    def __call__(self, outputs: Mapping[str, Tensor], micro: Rows) -> Sums:
+        if "bleu" not in outputs:
+            raise UserError("metric bleu: nothing was decoded; give the objective decode: TOKENS")
+        return Sums(outputs["bleu"][: micro.real].sum(0))
+
+    def finish(self, sums: list[float]) -> float:
+        return bleu.score(sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.errors import UserError
-from dist_train.models.transformer import generate
+from dist_train.models.decoding import Decoding, State, whole
 from dist_train.networks import Networks
 from dist_train.objectives import Objective, Turn
 
@@ -94,14 +94,28 @@ class LanguageModelling(Objective):
         return {"text": written}
 
     def continue_tokens(
-        self, networks: Networks, prompt: list[int], count: int, context: int, device: str
+        self,
+        networks: Networks,
+        prompt: list[int],
+        count: int,
+        context: int,
+        device: str,
+        how: Decoding | None = None,
+        cached: bool = False,
     ) -> list[int]:
         if self.describes:
             raise UserError(
                 f"objective.describes: the model writes of a field '{self.describes}': use dist-train predict"
             )
-        tokens = torch.tensor([prompt], device=device)
-        tokens = generate(networks.model, tokens, count, max_length=context, temperature=0.8)
+
+        def cache(tokens: Tensor, state: State) -> tuple[Tensor, State]:
+            return networks.model(tokens, None, None, 0, state)
+
+        fits = cached and len(prompt) + count <= context
+        step = cache if fits else whole(networks.model, context)
+        tokens = (how or Decoding(temperature=0.8))(
+            step, torch.tensor([prompt], device=device), count
+        )
         return tokens[0].tolist()
 
     def _model(self, networks: Networks, micro: MicroBatch) -> Callable[[Tensor], Tensor]:

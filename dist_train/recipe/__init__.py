@@ -60,7 +60,7 @@ PROVIDED: dict[str, tuple[str, ...]] = {
     "optimizer": ("groups",),
     "init": ("weight", "fan_in", "fan_out"),
     "transform": ("statistics", "beside", "sample", "rng"),
-    "objective": ("statistics", "root"),
+    "objective": ("statistics", "root", "tokenizer"),
 }
 """Arguments that the trainer gives to the parts of a kind, so that a recipe cannot."""
 

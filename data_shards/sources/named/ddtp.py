@@ -9,32 +9,57 @@ from pathlib import Path
 from dist_train.data_shards.sources.cache import cached, read_digests
 from dist_train.data_shards.sources.debian import fetch_descriptions
 from dist_train.data_shards.sources.source import Source
+from dist_train.data_shards.tokens import train
 from dist_train.data_shards.write import Row, split_of
+from dist_train.errors import UserError
 
 Description = tuple[str, list[str]]
 """(the short line, paragraphs)"""
 
 
-def ddtp_en_fr() -> Source:
-    """Debian's package descriptions in English and French: pairs of short lines and paragraphs."""
-    return _ddtp("fr")
+def ddtp_en_fr(
+    words: int | None = None, tokens: str = "byte", vocab_size: int | None = None
+) -> Source:
+    """Debian's package descriptions in English and French: pairs of short lines and paragraphs.
+
+    Args:
+        words: pairs with more words than this on either side are left out; none, if not given.
+        tokens: the tokenizer that is kept beside the shards, one for both languages; `vocab_size` is for "bpe".
+    """
+    return _ddtp("fr", words, tokens, vocab_size)
 
 
-def ddtp_en_de() -> Source:
-    """Debian's package descriptions in English and German: pairs of short lines and paragraphs."""
-    return _ddtp("de")
+def ddtp_en_de(
+    words: int | None = None, tokens: str = "byte", vocab_size: int | None = None
+) -> Source:
+    """Debian's package descriptions in English and German; arguments as those of `ddtp_en_fr`."""
+    return _ddtp("de", words, tokens, vocab_size)
 
 
-def _ddtp(language: str) -> Source:
+def _ddtp(language: str, words: int | None, tokens: str, vocab_size: int | None) -> Source:
     name = f"ddtp-en-{language}"
+    if words is not None and words < 1:
+        raise UserError(f"{name}: words {words} must be 1 or more")
     folder = cached(name, None, lambda into: fetch_descriptions(("en", language), into))
     english, other = (folder / f"Translation-{code}" for code in ("en", language))
     digest = read_digests(folder)[other.name]
+    rows = [
+        row
+        for row in pairs(english, other, language)
+        if words is None or all(len(str(text).split()) <= words for text in row[2].values())
+    ]
+    learnt = (
+        str(text).encode() for split, _, row in rows if split == "train" for text in row.values()
+    )
+    tokenizer = train(tokens, learnt, vocab_size)
     return Source(
         name,
-        pairs(english, other, language),
+        rows,
         f"Debian's main/i18n/Translation-en and -{language}, the latter of SHA-256 {digest}",
         "the licence of each package described; translations by the Debian Description Translation Project",
+        vocabulary=tokenizer.vocabulary,
+        total=len(rows),
+        tokenizer=tokenizer,
     )
 
 
