@@ -1,7 +1,7 @@
 # What a newcomer types. Everything happens in .venv; nothing outside the clone is touched.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := zero,accelerate,ray,sweep,wandb,hub,data,remote,s3,gs,plots,export,dev
+EXTRAS := zero,accelerate,ray,sweep,wandb,hub,data,remote,s3,gs,plots,export,translation,dev
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

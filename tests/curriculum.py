@@ -38,6 +38,11 @@ ON_IMAGES: dict[str, dict[str, Any]] = {
     "resnet": {"depth": 8, "width": 4, "in_channels": "auto"},
     "resnet_imagenet": {"depth": 50, "width": 4, "in_channels": "auto", "norm": "group"},
 }
+PAIRS = [{"name": "tokenise_pair", "source": "en", "target": "back", "length": 12}]
+TRANSLATORS: dict[str, dict[str, Any]] = {
+    "seq2seq": {"attention": "additive", "feed": "output"},
+    "encoder_decoder": {"depth": 1, "num_heads": 2},
+}
 OUTPUTS = {"mlp": "num_outputs"}
 """What a model calls the number of its outputs, if not `num_classes`."""
 CANCELLED = {"critic/critic.score.bias"}
@@ -155,6 +160,15 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "objective": {"name": "classification", "inputs": "tokens"},
         "shapes": {"logits": (4, 10), "nll": (4,)},
+    },
+    **{
+        f"{name}-translation": {
+            "data": {"path": "pairs", "transforms": {"train": PAIRS, "evaluate": PAIRS}},
+            "model": {"name": name, "vocab_size": "auto", "dim": 12, "dropout": 0.1, **arguments},
+            "objective": {"name": "translation", "label_smoothing": 0.1},
+            "shapes": {"loss_sum": (), "loss_count": ()},
+        }
+        for name, arguments in TRANSLATORS.items()
     },
     "conv_generator-conv_critic-wgan_gp": {
         "data": {"path": "pictures", "scale": "signed"},
@@ -307,6 +321,22 @@ def pack_pictures(folder: Path) -> None:
             yield split, f"{i:05d}", fields
 
     write_shards(folder, "pictures", samples(), shard_size=60, classes=list("0123456789"))
+
+
+def pack_pairs(folder: Path) -> None:
+    """100 words, and each written backwards."""
+    from pydoc_data.topics import topics
+
+    from dist_train.data_shards.tokens import ByteTokenizer
+    from dist_train.data_shards.write import write_shards
+
+    words = sorted({word for word in topics["class"].split() if 2 < len(word) < 12})[:100]
+    samples = (
+        ("test" if i % 10 == 0 else "train", f"{i:05d}", {"en.txt": word, "back.txt": word[::-1]})
+        for i, word in enumerate(words)
+    )
+    tokenizer = ByteTokenizer()
+    write_shards(folder, "pairs", samples, vocabulary=tokenizer.vocabulary, tokenizer=tokenizer)
 
 
 def recipe_of(case: str, data: str, **settings: Any) -> Recipe:

@@ -21,6 +21,7 @@ every_case = pytest.mark.parametrize("case", curriculum.CASES)
 def folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("curriculum")
     curriculum.pack_pictures(tiny_data / "pictures")
+    curriculum.pack_pairs(tiny_data / "pairs")
     return folder
 
 
@@ -40,6 +41,7 @@ PLAYERS_OF = {
     "language_modelling": [
         *("transformer", "recurrent_language_model", "temporal_convolution", "captioner")
     ],
+    "translation": curriculum.TRANSLATORS,
     "wgan_gp": ["conv_generator-conv_critic"],
     "gan": ["mlp_generator-mlp_discriminator", "dcgan_generator-dcgan_discriminator"],
     "cyclegan": ["translator-patch_discriminator"],

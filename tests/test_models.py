@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_train.models.gan import ConvCritic, ConvGenerator
 from dist_train.models.resnet import ResNet
-from dist_train.models.transformer import Transformer, generate
+from dist_train.models.transformer import Transformer
 
 
 def count(model: nn.Module) -> int:
@@ -190,50 +190,6 @@ def test_transformer_refuses_what_does_not_fit() -> None:
         Transformer(10, dropout=1.0)
     with pytest.raises(ValueError, match="max_length 16"):
         small_transformer()(torch.zeros(1, 17, dtype=torch.int64))
-
-
-def test_generate_draws_from_the_softmax() -> None:
-    logits = torch.tensor([0.1, 2.0, -1.0, 1.0])
-
-    def model(tokens: Tensor) -> Tensor:
-        assert tokens.shape[1] <= 3
-        return logits.expand(*tokens.shape, 4)
-
-    torch.manual_seed(0)
-    start = torch.zeros(20_000, 2, dtype=torch.int64)
-    out = generate(model, start, 2, max_length=3, temperature=0.7)
-    assert out.shape == (20_000, 4)
-    assert torch.equal(out[:, :2], start)
-    shares = torch.bincount(out[:, 2:].flatten(), minlength=4) / 40_000
-    torch.testing.assert_close(shares, (logits / 0.7).softmax(0), rtol=0, atol=0.01)
-
-    best = generate(model, start[:5], 1, max_length=3, top_k=2)[:, 2]
-    assert set(best.tolist()) <= {1, 3}
-    greedy = generate(model, start[:5], 1, max_length=3, temperature=0)[:, 2]
-    assert greedy.tolist() == [1] * 5
-
-
-def test_generate_continues_beyond_the_context() -> None:
-    model = small_transformer().eval()
-    start = torch.randint(0, 50, (2, 3))
-    torch.manual_seed(1)
-    first = generate(model, start, 20, max_length=model.max_length)
-    torch.manual_seed(1)
-    again = generate(model, start, 20, max_length=model.max_length)
-    assert first.shape == (2, 23)
-    assert torch.equal(first, again)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k")],
-)
-def test_generate_refuses(wrong: dict[str, float], message: str) -> None:
-    start = torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=message):
-        generate(small_transformer(), start, 1, max_length=4, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at least one token"):
-        generate(small_transformer(), start[:, :0], 1, max_length=4)
 
 
 # GAN
