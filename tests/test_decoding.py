@@ -185,12 +185,12 @@ def test_generate_draws_from_the_softmax() -> None:
         return logits.expand(*tokens.shape, 4)
 
     torch.manual_seed(0)
-    start = torch.zeros(20_000, 2, dtype=torch.int64)
+    start = torch.zeros(5_000, 2, dtype=torch.int64)
     out = generate(model, start, 2, max_length=3, temperature=0.7)
-    assert out.shape == (20_000, 4)
+    assert out.shape == (5_000, 4)
     assert torch.equal(out[:, :2], start)
-    shares = torch.bincount(out[:, 2:].flatten(), minlength=4) / 40_000
-    torch.testing.assert_close(shares, (logits / 0.7).softmax(0), rtol=0, atol=0.01)
+    shares = torch.bincount(out[:, 2:].flatten(), minlength=4) / 10_000
+    torch.testing.assert_close(shares, (logits / 0.7).softmax(0), rtol=0, atol=0.02)
 
     best = generate(model, start[:5], 1, max_length=3, top_k=2)[:, 2]
     assert set(best.tolist()) <= {1, 3}

@@ -332,7 +332,7 @@ def test_a_copy_task_is_solved(name: str) -> None:
     for step in range(COPIES):
         for group in optimiser.param_groups:
             group["lr"] = 1e-2 * (1 - step / COPIES)
-        source, length, target = examples(64)
+        source, length, target = examples(32)
         logits = model(source, length, target[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
         optimiser.zero_grad()
