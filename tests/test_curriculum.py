@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 from statistics import mean
@@ -9,9 +10,14 @@ from typing import Any
 
 import curriculum
 import pytest
+import torch
 
 from dist_train.components import CATALOGUE
+from dist_train.data import evaluation_batches
+from dist_train.data_shards.tokens import ByteTokenizer
 from dist_train.testing import assert_same_run, spawn_ranks
+from dist_train.trained import restore
+from dist_train.trained.predict import predict
 
 STEP_LOCKED = 1e-6
 every_case = pytest.mark.parametrize("case", curriculum.CASES)
@@ -98,3 +104,22 @@ def test_two_ranks_are_one(together: dict[str, Any], case: str) -> None:
     for kind in ("loss", "gradient"):
         difference, where = found[kind]
         assert difference <= STEP_LOCKED, where
+
+
+def test_a_captioner_names_pictures(
+    alone: dict[str, Any], folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """What `predict` writes is, letter by letter, the likeliest after those before."""
+    run_dir = folder / "captioner-language_modelling" / "whole"
+    found = predict(run_dir, tiny_data / "pictures", tmp_path / "names.csv")
+    with (tmp_path / "names.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert found["inputs"] == len(rows) == 200
+    trainer = restore(run_dir)
+    model = trainer.view().model
+    micro = next(iter(evaluation_batches(trainer.recipe, trainer.world, "test")))
+    tokens = micro["tokens"][:, :1]
+    for _ in range(3):
+        tokens = torch.cat([tokens, model(tokens, micro["image"])[:, -1:].argmax(dim=-1)], dim=1)
+    texts = [ByteTokenizer().decode(row).decode(errors="replace") for row in tokens.tolist()]
+    assert set(texts) <= {row["text"] for row in rows}
