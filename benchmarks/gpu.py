@@ -82,6 +82,7 @@ def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[
     step, _ = foresee(recipe, assembly.build_one)
     foreseen = sum(footprint.rank_memory(step, {"name": "single"}, 1, 1).values())
     reset_peak(bench)
+    before = torch.cuda.memory_allocated() if bench.kind == "cuda" else None
     directory = RunDirectory.create_at(folder / f"run-{work.name}")
     trainer = assembly.build(recipe, World(device=bench.device), directory)
     generator = torch.Generator().manual_seed(1)
@@ -127,6 +128,7 @@ def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[
         "of_matmul": flops / seconds["ours"] / ceiling,
         "bytes_foreseen": foreseen,
         "bytes_measured": peak,
+        "bytes_before": before,  # workspaces of cuBLAS and cuDNN, which the peak has in it
         "host_gap_seconds": host_gap(ours, bench),
         "seconds_of_rounds": times,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ OFFLOADS = {
     "all": ("zero3",),  # the parameters too
 }
 """What lives in the memory of the host instead of the device's, and the strategies that can do so."""
+
+FSDP2_NEEDS = (2, 13)
+"""The first torch whose fully_shard sums the gradients of parameters that a rank did not use."""
 
 OWNED_BY_THE_RECIPE = {
     "train_batch_size": "data.global_batch",
@@ -55,6 +59,8 @@ def check_strategy(strategy: Any, where: str) -> None:
             f"{where}: got {short(name)}, expected one of {', '.join((AUTO, *STRATEGIES))}"
             + nearest(str(name), (AUTO, *STRATEGIES))
         )
+    if name == "fsdp2":
+        _check_torch(where)
     known = ["name"]
     if name.startswith("zero"):
         known += ["offload", "nvme_path", "deepspeed"]
@@ -105,6 +111,15 @@ def check_strategy(strategy: Any, where: str) -> None:
             f" offload: {'optimizer or all' if name == 'zero3' else 'optimizer'}"
         )
     _check_deepspeed(strategy.get("deepspeed", {}), f"{where}.deepspeed")
+
+
+def _check_torch(where: str) -> None:
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < FSDP2_NEEDS:
+        needed = ".".join(map(str, FSDP2_NEEDS))
+        raise UserError(
+            f"{where}: fsdp2 needs torch {needed} or later, here is {version}; zero3 shards alike with any"
+        )
 
 
 def check_ranks(strategy: Mapping[str, Any], ranks: int, where: str) -> None:

@@ -163,3 +163,12 @@ def test_settings() -> None:
     with pytest.raises(UserError, match="does not divide 4 ranks; these would: 1, 2, 4"):
         check_ranks({"name": "fsdp2", "shard_degree": 3}, 4, "strategy")
     check_ranks({"name": "fsdp2", "shard_degree": 2}, 4, "strategy")
+
+
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.11.0+cu130")
+    with pytest.raises(
+        UserError, match=r"strategy: fsdp2 needs torch 2\.13 or later, here is 2\.11"
+    ):
+        check_strategy({"name": "fsdp2"}, "strategy")
+    check_strategy({"name": "zero3"}, "strategy")
