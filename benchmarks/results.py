@@ -1,4 +1,4 @@
-"""The results of the course: trains each row's recipe on 2 ranks, and rewrites a table of docs/RESULTS.md.
+"""The results of the course: trains each row's recipe on 2 ranks, or as many as it says; rewrites a table of docs/RESULTS.md.
 
     python benchmarks/results.py [ROW ...] [--runs runs/results] [--read]
 
@@ -50,13 +50,15 @@ class Row:
     """The row from whose run the weights start."""
     judge: str = ""
     """The row whose classifier judges samples."""
+    ranks: int = 2
 
     @property
     def command(self) -> str:
         settings = [f"--set {shlex.quote(setting)}" for setting in self.settings]
         trunk = ["--set weights.from=RUN"] if self.trunk else []
         judge = ["--set objective.judge=RUN"] if self.judge else []
-        return " ".join([self.recipe, *settings, *trunk, *judge])
+        ranks = [f"--ranks {self.ranks}"] if self.ranks != 2 else []
+        return " ".join([self.recipe, *ranks, *settings, *trunk, *judge])
 
 
 FILE = Path(__file__).with_suffix(".yaml")
@@ -74,7 +76,7 @@ def folder_of(row: Row, runs: Path, seed: int = 0) -> Path:
 def train(row: Row, folder: Path, seed: int, runs: Path) -> None:
     """Train one row anew and read its test split; note how busy the machine was."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "dist_train", "train", row.recipe, "--ranks", "2"]
+    command = [sys.executable, "-m", "dist_train", "train", row.recipe, "--ranks", str(row.ranks)]
     command += ["--run-dir", str(folder), "--set", "threads=1", "--set", f"seed={seed}"]
     for setting in row.settings:
         command += ["--set", setting]
@@ -95,7 +97,7 @@ def line(row: Row, folders: list[Path]) -> str:
     records = [RunRecord.read(folder) for folder in folders]
     tests = [json.loads((folder / "test.json").read_text())["results"] for folder in folders]
     values = [found[row.metric] for found in tests]
-    share = row.metric in ("accuracy", "error")
+    share = row.metric in ("accuracy", "error", "label_agreement")
     scale, digits, unit = (100, 2, " %") if share else (1, 3, "")
     figure = f"{scale * statistics.mean(values):.{digits}f}{unit}"
     if len(values) > 1:

@@ -78,6 +78,8 @@ class Adversarial(Objective, ABC):
         judge: the run directory of a classifier; from the recipe's project root on.
     """
 
+    scale = "signed"
+
     def __init__(
         self,
         latent_dim: int = 64,

@@ -56,6 +56,7 @@ class CycleGAN(Objective):
     """
 
     players = ("translators", "discriminators")
+    scale = "signed"
 
     def __init__(self, cycle: float = 10.0, identity: float = 0.0, pool: int = 16) -> None:
         if cycle < 0 or identity < 0:
