@@ -1,4 +1,4 @@
-"""The results of the course: trains each row's recipe on 2 ranks, or as many as it says; rewrites a table of docs/RESULTS.md.
+"""The results of the course: trains each row's recipe, on 2 ranks by default; rewrites a table of docs/RESULTS.md.
 
     python benchmarks/results.py [ROW ...] [--runs runs/results] [--read]
 

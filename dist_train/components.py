@@ -87,6 +87,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
     "callback": {
         "clip_gradients": "dist_train.callbacks.clip_gradients:ClipGradients",
         "clip_weights": "dist_train.callbacks.clip_weights:ClipWeights",
+        "translations": "dist_train.callbacks.translations:Translations",
         "mode_watch": "dist_train.callbacks.mode_watch:ModeWatch",
         "learning_rate_decay": "dist_train.callbacks.learning_rate_decay:LearningRateDecay",
         "activation_scale": "dist_train.callbacks.activation_scale:ActivationScale",

@@ -231,7 +231,7 @@ CASES: dict[str, dict[str, Any]] = {
             "discriminators": {"of_a": PATCHES, "of_b": PATCHES},
         },
         "objective": {"name": "cyclegan", "identity": 0.5, "pool": 6},
-        "shapes": {"paired_l1": (4,), "paired_l1_back": (4,), "identity_l1": (4,)},
+        "shapes": {"paired_l1": (4,), "identity_l1": (4,), "to_b": (4, 1, 32, 32)},
     },
     "autoencoder-reconstruction": {
         "data": {"path": "pictures", "scale": "unit"},

@@ -353,7 +353,11 @@ def judged_recipe(data: Path, judge: Path) -> Recipe:
             "best": "frechet_distance",
             "mode": "min",
         },
-        "callbacks": {"mode_watch": {}, "checkpoint": {"every": "3 steps"}},
+        "callbacks": {
+            "mode_watch": {},
+            "clip_weights": {"bound": 0.05, "players": ["discriminator"]},
+            "checkpoint": {"every": "3 steps"},
+        },
     }
     for key, value in wanted.items():
         recipe = recipe.set(key.replace("__", "."), value)
@@ -386,6 +390,10 @@ def test_a_trained_judge_measures_a_gan(tiny_data: Path, tmp_path: Path) -> None
     figures = evaluate(tmp_path / "gan")["results"]
 
     run = restore(tmp_path / "gan")
+    clipped = run.full_weights("discriminator").values()
+    assert max(float(tensor.abs().max()) for tensor in clipped) == pytest.approx(0.05)
+    free = run.full_weights("generator").values()
+    assert max(float(tensor.abs().max()) for tensor in free) > 0.1
     kept: dict[str, list[Tensor]] = {}
     for micro in run.evaluation:
         randomness.reseed(run.seed, run.step, randomness.EVALUATION, micro.index)
@@ -409,3 +417,31 @@ def test_a_trained_judge_measures_a_gan(tiny_data: Path, tmp_path: Path) -> None
     shares = seen["class"].bincount() / 60
     assert rows[-1]["modes/shares"][: len(shares)] == pytest.approx(shares.tolist())
     assert (rows[-1]["modes/precision"], rows[-1]["modes/recall"]) == precision_recall(real, fake)
+
+
+def test_translations_are_drawn_and_measured(tiny_data: Path, tmp_path: Path) -> None:
+    """Of a stream with itself, by translators that have learnt nothing: the identity."""
+    recipe = curriculum.recipe_of("translator-patch_discriminator-cyclegan", str(tiny_data))
+    wanted: dict[str, Any] = {
+        "duration": "1 steps",
+        "strategy": "single",
+        "data.a.path": str(tiny_data / "digits"),
+        "data.b.path": str(tiny_data / "digits"),
+        "optimizer": {"name": "sgd", "learning_rate": 0.0},
+        "evaluate": {
+            "split": "test",
+            "every": "1 steps",
+            "metrics": ["paired_l1", "paired_l1_back", "identity_l1"],
+        },
+        "callbacks": {"translations": {}, "checkpoint": {}},
+    }
+    for key, value in wanted.items():
+        recipe = recipe.set(key, value)
+    for network in ("to_a", "to_b"):
+        recipe = recipe.set(f"model.translators.{network}.skip", True)
+    train(recipe, run_dir=tmp_path / "run")
+    figures = evaluate(tmp_path / "run")["results"]
+    assert figures["identity_l1"] == 0
+    assert figures["paired_l1"] < 1e-3
+    assert figures["paired_l1_back"] < 1e-3
+    assert list((tmp_path / "run" / "samples").glob("translations-*.png"))

@@ -109,4 +109,5 @@ class CycleGAN(Objective):
         a, b = micro["a.image"], micro["b.image"]
         to_b, to_a = networks.to_b(a), networks.to_a(b)
         pairs = {"identity_l1": (a, b), "paired_l1": (to_b, b), "paired_l1_back": (to_a, a)}
-        return {name: (x - y).abs().flatten(1).mean(1) / 2 for name, (x, y) in pairs.items()}
+        apart = {name: (x - y).abs().flatten(1).mean(1) / 2 for name, (x, y) in pairs.items()}
+        return apart | {"to_b": to_b, "to_a": to_a}

@@ -18,7 +18,7 @@ from dist_train.world import World, pin_threads
 
 SILENT = (
     *("console", "wandb", "samples", "confusion"),
-    *("activation_scale", "singular_values", "similarity", "mode_watch"),
+    *("activation_scale", "singular_values", "similarity", "mode_watch", "translations"),
 )
 """Callbacks that only show what a run does."""
 
