@@ -50,8 +50,8 @@ CANCELLED = {"critic/critic.score.bias"}
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ADAM = {"name": "adam", "learning_rate": 3e-3}
 
-PICTURE = {"channels": "auto", "image_size": "auto"}
-LABELLED = {**PICTURE, "num_classes": "auto"}
+SIZES = {"channels": "auto", "image_size": "auto"}
+LABELLED = {**SIZES, "num_classes": "auto"}
 TRANSLATOR = {"name": "translator", "width": 2, "blocks": 1, "channels": "auto"}
 PATCHES = {"name": "patch_discriminator", "width": 2, "channels": "auto"}
 
@@ -209,12 +209,12 @@ CASES: dict[str, dict[str, Any]] = {
     "dcgan_generator-dcgan_discriminator-gan": {
         "data": {"path": "pictures", "scale": "signed"},
         "model": {
-            "generator": {"name": "dcgan_generator", "latent_dim": 8, "width": 4, **PICTURE},
+            "generator": {"name": "dcgan_generator", "latent_dim": 8, "width": 4, **SIZES},
             "discriminator": {
                 "name": "dcgan_discriminator",
                 "width": 4,
                 "norm": "spectral",
-                **PICTURE,
+                **SIZES,
             },
         },
         "objective": {"name": "gan", "loss": "hinge", "latent_dim": 8},
