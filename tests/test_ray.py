@@ -29,6 +29,8 @@ from dist_train.testing import assert_same_run, spawn_ranks
 
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 STEPS = 200
+TOKEN = secrets.token_hex(32)
+"""Of every cluster: Ray reads the token once a process, and would show the first cluster's to the second."""
 
 
 def free_port() -> int:
@@ -79,7 +81,7 @@ def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Raylets]]:
     """Starts clusters, one after the other."""
     for name, value in {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_API_SERVER_ADDRESS": "",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
