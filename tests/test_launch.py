@@ -201,7 +201,7 @@ def test_too_much_for_a_snapshot_is_refused(
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "dist_train", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=cwd)
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=cwd)
 
 
 def test_launched_here_and_found_by_name(tiny_data: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def eventually(what: Callable[[], Any], seconds: float = 120.0) -> None:
+def eventually(what: Callable[[], Any], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
