@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/dist-train demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: install
 	$(BIN)/python -m pytest -m soak
