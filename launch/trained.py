@@ -65,19 +65,49 @@ def generate(
     run: Run,
     out: Annotated[Path, typer.Option("--out", help="The file or folder to write.")],
     count: Annotated[int, typer.Option(min=1, help="How many samples, or tokens of a text.")] = 64,
-    prompt: Annotated[str | None, typer.Option(help="The beginning of a text.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The beginning of a text, or what to translate.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the draws.")] = 0,
     weights: Annotated[
         str | None, typer.Option(metavar="live|INSTANCE", help="Whose averaged weights, like ema.")
     ] = None,
+    prefix: Annotated[str | None, typer.Option(help="How a translation begins.")] = None,
+    beam: Annotated[int | None, typer.Option(help="Search with so many hypotheses.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the draws; 0 takes the likeliest token.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the fewest that have this probability.")
+    ] = None,
+    length_power: Annotated[
+        float | None, typer.Option(help="Hypotheses are ranked by log p / length ** this.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw images or text from a trained run."""
+    """Draw images or text from a trained run; of a translator: the translation of the prompt."""
     from dist_train import trained
 
+    asked = {
+        "beam": beam,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "length_power": length_power,
+    }
     answer(
         as_json,
-        lambda: trained.generate(run, out, count=count, prompt=prompt, seed=seed, weights=weights),
+        lambda: trained.generate(
+            run,
+            out,
+            count=count,
+            prompt=prompt,
+            seed=seed,
+            weights=weights,
+            prefix=prefix,
+            decoding={name: value for name, value in asked.items() if value is not None},
+        ),
     )
 
 

@@ -43,6 +43,9 @@ class Decoding:
             raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
+            if value is not None and self.temperature == 0:
+                raise ValueError(f"{name} {value} is for draws, expected a temperature above 0")
         if self.length_power < 0:
             raise ValueError(f"length_power must be 0 or more, got {self.length_power}")
         if self.beam > 1 and self.temperature > 0:

@@ -1,6 +1,6 @@
 """Sequence to sequence by LSTM (Sutskever et al. 2014, arXiv:1409.3215), with or without attention.
 
-Shapes: B sequences, S source tokens, T target tokens, V vocabulary, C width (`dim`), L layers.
+Shapes: B sequences, S source tokens, T target tokens, V vocabulary, C width (`dim`), L layers, N tensors of a state.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_train.models.attention import Attention
+from dist_train.models.recurrent import RecurrentLayer, initialise_recurrent
 
 FEEDS = ("output", "layer", "step")
 
@@ -21,11 +22,12 @@ class Seq2Seq(nn.Module):
 
     Args:
         attention: "none", or the kind of `Attention` to the encoder's last layer.
-        feed: where a context goes. "output": joined to the decoder's last state, before the logits, whose query that
-            state is (Luong). "layer": into the second layer, and the first layer's state is the query. "step": into
-            the first layer at the next step, and the last layer's state is the query (Bahdanau).
+        feed: where a context goes. "output": joined to the decoder's last state, before the logits; the query is that
+            state (Luong). "layer": into the second layer; the query is the first layer's state. "step": into the first
+            layer at the next step; the query is the last layer's state (Bahdanau).
         reverse: read the source from its end, so that the two beginnings are near each other.
         dropout: of what enters a layer, and of what enters the output.
+        cell: "lstm", "gru" or "rnn".
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Seq2Seq(nn.Module):
         feed: str = "output",
         reverse: bool = True,
         dropout: float = 0.0,
+        cell: str = "lstm",
     ) -> None:
         super().__init__()
         if feed not in FEEDS:
@@ -45,17 +48,15 @@ class Seq2Seq(nn.Module):
             raise ValueError(f"depth must be 1 or more, and 2 for feed 'layer', got {depth}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.dim, self.depth, self.reverse = dim, depth, reverse
+        self.dim = dim
         self.feed = feed if attention != "none" else ""
         self.embedding = nn.Embedding(vocab_size, dim)
-        # Without biases: see `encode`.
         self.encoder = nn.ModuleList(
-            nn.LSTM(dim + 1, dim, bias=False, batch_first=True) for _ in range(depth)
+            RecurrentLayer(dim, dim, cell, backward=reverse) for _ in range(depth)
         )
         fed = {"layer": 1, "step": 0}.get(self.feed)
         self.decoder = nn.ModuleList(
-            nn.LSTM(2 * dim if layer == fed else dim, dim, batch_first=True)
-            for layer in range(depth)
+            RecurrentLayer(2 * dim if layer == fed else dim, dim, cell) for layer in range(depth)
         )
         if self.feed:
             self.attention = Attention(attention, dim, dim, dim)
@@ -67,47 +68,30 @@ class Seq2Seq(nn.Module):
 
     def initialise(self) -> None:
         """Draw the weights from the default generator."""
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                # Of the tied table: half of what keeps the scale, so that the first logits are small.
-                fan_in = 4 * self.dim if name == "embedding.weight" else weight.shape[1]
-                nn.init.normal_(weight, std=fan_in**-0.5)
-            else:
-                nn.init.zeros_(weight)
-        # A forget gate that begins open lets gradients through time (Jozefowicz et al. 2015).
-        forget = slice(self.dim, 2 * self.dim)
-        with torch.no_grad():
-            for name, weight in self.named_parameters():
-                if name.startswith("encoder.") and name.endswith("weight_ih_l0"):
-                    weight[:, -1] = 0.0
-                    weight[forget, -1] = 1.0
-                elif name.endswith("bias_ih_l0"):
-                    weight[forget] = 1.0
+        # Of the tied table: half of what keeps the scale, so that the first logits are small.
+        nn.init.normal_(self.embedding.weight, std=0.5 * self.dim**-0.5)
+        nn.init.zeros_(self.bias)
+        initialise_recurrent(self)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # of the attention: these keep the variance
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def encode(self, source: Tensor, source_length: Tensor) -> dict[str, Tensor]:
-        """Source (B, S), of which row b has `source_length[b]` tokens -> what the decoder begins with.
-
-        Rows are brought to the right, behind their padding. Zeros then keep a zero state of an LSTM without biases at
-        zero exactly, so padding changes nothing; the biases are the weights of a column that is 1 for real tokens.
-        """
-        place = self._read_order(source, source_length)
-        real = place >= 0
-        x = self._embed(source.gather(1, place.clamp(min=0)))  # (B, S, C)
-        ones = real[:, :, None].to(x.dtype)
-        last = []
+        """Source (B, S), of which row b has `source_length[b]` tokens -> what the decoder begins with."""
+        x = self._embed(source)  # (B, S, C)
+        lasts = []
         for layer in self.encoder:
-            # (B, S, C + 1) -> (B, S, C)
-            x, state = layer(torch.cat([self.dropout(x) * ones, ones], dim=2))
-            last.append(state)
-        state = {
-            "hidden": torch.stack([h.squeeze(0) for h, _ in last], dim=1),  # (B, L, C)
-            "cell": torch.stack([c.squeeze(0) for _, c in last], dim=1),
-        }
+            x, last = layer(self.dropout(x), source_length)
+            lasts.append(torch.stack(last, dim=1))  # (B, N, C)
+        state = {"layers": torch.stack(lasts, dim=1)}  # (B, L, N, C)
         if self.feed:
             keys, values = self.attention.keys_and_values(x)  # (B, S, C)
-            state |= {"keys": keys, "values": values, "real": real}
+            places = torch.arange(source.shape[1], device=source.device)
+            state |= {"keys": keys, "values": values, "real": places < source_length[:, None]}
         if self.feed == "step":
-            state["context"] = torch.zeros_like(state["hidden"][:, 0])  # (B, C)
+            state["context"] = x.new_zeros(len(x), self.dim)  # (B, C)
         return state
 
     def forward(
@@ -129,23 +113,11 @@ class Seq2Seq(nn.Module):
         """How much each target token (B, T) looks at each source token: (B, T, S)."""
         if not self.feed:
             raise ValueError("attention is 'none', so there are no weights")
-        _, weights, _ = self._decode(tokens, self.encode(source, source_length))
-        place = self._read_order(source, source_length).clamp(min=0)  # padding weighs 0
-        index = place[:, None].expand_as(weights)
-        return torch.zeros_like(weights).scatter_add(2, index, weights)
+        return self._decode(tokens, self.encode(source, source_length))[1]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """As output the tied table is small; as input it is brought to the scale of the states."""
         return self.embedding(tokens) * self.dim**0.5
-
-    def _read_order(self, source: Tensor, source_length: Tensor) -> Tensor:
-        """Which place of the source is read at each step, negative where it is padding: (B, S)."""
-        width = source.shape[1]
-        steps = torch.arange(width, device=source.device)
-        if self.reverse:
-            place = (width - 1 - steps).expand_as(source)
-            return place.masked_fill(place >= source_length[:, None], -1)
-        return steps - (width - source_length[:, None])
 
     def _decode(
         self, tokens: Tensor, state: dict[str, Tensor]
@@ -164,9 +136,9 @@ class Seq2Seq(nn.Module):
     def _advance(
         self, x: Tensor, state: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The decoder's layers over embedded tokens (B, T, C) that need no context but the first of them."""
+        """The decoder's layers over embedded tokens (B, T, C) that need no context but that of the state."""
         weights = x.new_zeros(())
-        after = []
+        lasts = []
         for number, layer in enumerate(self.decoder):
             x = self.dropout(x)
             if self.feed == "step" and number == 0:
@@ -174,16 +146,9 @@ class Seq2Seq(nn.Module):
             if self.feed == "layer" and number == 1:
                 context, weights = self._attend(x, state)
                 x = torch.cat([x, context], dim=2)  # (B, T, 2 C)
-            begin = (
-                state["hidden"][:, number][None].contiguous(),
-                state["cell"][:, number][None].contiguous(),
-            )
-            x, (hidden, cell) = layer(x, begin)  # (B, T, C)
-            after.append((hidden.squeeze(0), cell.squeeze(0)))
-        state = state | {
-            "hidden": torch.stack([hidden for hidden, _ in after], dim=1),
-            "cell": torch.stack([cell for _, cell in after], dim=1),
-        }
+            x, last = layer(x, None, state["layers"][:, number].unbind(dim=1))  # (B, T, C)
+            lasts.append(torch.stack(last, dim=1))
+        state = state | {"layers": torch.stack(lasts, dim=1)}
         if self.feed in ("output", "step"):
             context, weights = self._attend(x, state)
             if self.feed == "step":

@@ -166,6 +166,7 @@ def test_rows_of_a_state() -> None:
         {"beam": 0},
         {"temperature": -1.0},
         {"top_k": 0},
+        {"top_k": 5},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"length_power": -1.0},

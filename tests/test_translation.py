@@ -197,29 +197,22 @@ def test_sinusoids_are_the_papers() -> None:
 
 @pytest.mark.parametrize("reverse", [True, False])
 def test_encoder_is_torchs_lstm_of_the_reversed_source(reverse: bool) -> None:
-    """Padding and the column of ones against packed sequences and biases."""
     model = seq2seq("additive", "output", reverse=reverse)
     reference = nn.LSTM(12, 12, num_layers=2, batch_first=True).double()
-    weights = {}
-    for number, layer in enumerate(model.encoder):
-        inputs = layer.weight_ih_l0.detach()
-        weights |= {f"weight_ih_l{number}": inputs[:, :-1], f"bias_ih_l{number}": inputs[:, -1]}
-        weights |= {f"weight_hh_l{number}": layer.weight_hh_l0.detach()}
-        weights |= {f"bias_hh_l{number}": torch.zeros(48, dtype=torch.float64)}
-    reference.load_state_dict(weights)
-    source, length, _ = batch()
-    rows = [
-        row[:size].flip(0) if reverse else row[:size]
-        for row, size in zip(source, length, strict=True)
-    ]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    packed = nn.utils.rnn.pack_padded_sequence(
-        model.embedding(padded) * 12**0.5, length, batch_first=True, enforce_sorted=False
+    reference.load_state_dict(
+        {
+            f"{name}_l{number}": weight
+            for number, layer in enumerate(model.encoder)
+            for name, weight in layer.named_parameters()
+        }
     )
-    _, (hidden, cell) = reference(packed)
+    source, length, _ = batch()
     state = model.encode(source, length)
-    torch.testing.assert_close(state["hidden"], hidden.transpose(0, 1))
-    torch.testing.assert_close(state["cell"], cell.transpose(0, 1))
+    for row, size in enumerate(length.tolist()):
+        read = source[row, :size].flip(0) if reverse else source[row, :size]
+        _, last = reference(model.embedding(read)[None] * 12**0.5)
+        expected = torch.stack(last).squeeze(2)  # (N, L, C)
+        torch.testing.assert_close(state["layers"][row].transpose(0, 1), expected)
     assert torch.equal(state["real"].sum(1), length)
 
 
@@ -307,8 +300,8 @@ def test_transformer_with_a_cache_is_the_one_without(norm: str, positions: str) 
 COPIES = 250
 """Steps."""
 COPIERS: dict[str, Callable[[], nn.Module]] = {
-    "LSTM": lambda: Seq2Seq(8, dim=48),
-    "attention": lambda: Seq2Seq(8, dim=24, attention="multiplicative"),
+    "LSTM": lambda: Seq2Seq(8, dim=40, depth=1),
+    "attention": lambda: Seq2Seq(8, dim=24, depth=1, attention="multiplicative"),
     "Transformer": lambda: EncoderDecoder(8, dim=32, depth=1),
 }
 

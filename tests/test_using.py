@@ -70,6 +70,18 @@ def test_generate_draws_the_same_for_the_same_seed(
     assert (tmp_path / "a.txt").read_bytes().startswith(b"The ") and len(
         (tmp_path / "a.txt").read_bytes()
     ) == 68
+    asked = ["generate", runs / "transformer", "--out", tmp_path / "b.txt", "--prompt", "The "]
+    ways = [["--temperature", "0"], ["--beam", "1"], ["--beam", "3", "--length-power", "0"]]
+    ways += [["--temperature", "0.5", "--top-k", "3", "--top-p", "0.9"]]
+    found = [call(capsys, *asked, "--count", "20", *way)["text"] for way in ways]
+    assert found[0] == found[1] and all(text.startswith("The ") for text in found)
+    for wrong, message in [
+        (["--top-k", "3"], "temperature above 0"),
+        (["--beam", "0"], "beam must be 1 or more"),
+        (["--prefix", "a"], "write them there"),
+    ]:
+        assert main([str(word) for word in [*asked, *wrong]]) == 2
+        assert message in capsys.readouterr().err
     pictures = call(
         capsys, "generate", runs / "wgan_gp", "--out", tmp_path / "a.png", "--count", "4"
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dist_train.data_shards.loader import MicroBatch
+    from dist_train.models.decoding import Decoding
     from dist_train.networks import Networks
 
 
@@ -91,8 +92,17 @@ class Objective(ABC):
         return {}
 
     def continue_tokens(
-        self, networks: Networks, prompt: list[int], count: int, context: int, device: str
+        self,
+        networks: Networks,
+        prompt: list[int],
+        count: int,
+        context: int,
+        device: str,
+        how: Decoding | None = None,
+        cached: bool = False,
+        prefix: Sequence[int] | None = None,
     ) -> list[int] | None:
         """`prompt` and `count` tokens more, drawn from the default generator; the model sees the last `context`.
-        None when the model writes no text."""
+        None when the model writes no text. Handed over only where they are asked for: `how` to decode; `cached`, the
+        model takes a state; `prefix`, how the answer to the prompt begins."""
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,12 @@ class LanguageModelling(Objective):
         device: str,
         how: Decoding | None = None,
         cached: bool = False,
+        prefix: Sequence[int] | None = None,
     ) -> list[int]:
+        if prefix is not None:
+            raise UserError(
+                f"prefix: {len(prefix)} tokens, but a language model continues its prompt: write them there"
+            )
         if self.describes:
             raise UserError(
                 f"objective.describes: the model writes of a field '{self.describes}': use dist-train predict"

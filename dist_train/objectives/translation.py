@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,13 +95,14 @@ class Translation(Objective):
         context: int,
         device: str,
         how: Decoding | None = None,
-        prefix: list[int] | None = None,
+        cached: bool = False,
+        prefix: Sequence[int] | None = None,
     ) -> list[int]:
-        """The translation of `prompt`."""
+        """The translation of `prompt`, as evaluations decode it if nothing else is asked for."""
         source = torch.tensor([[*prompt, self.tokenizer.boundary]], device=device)
         length = torch.tensor([source.shape[1]], device=device)
-        begin = torch.tensor([prefix or []], dtype=torch.int64, device=device)
-        written = self.translate(networks, source, length, count, how or Decoding(), begin)
+        begin = torch.tensor([[*(prefix or ())]], dtype=torch.int64, device=device)
+        written = self.translate(networks, source, length, count, how or self.how, begin)
         return written[0].tolist()
 
     def _losses(

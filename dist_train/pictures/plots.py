@@ -133,3 +133,27 @@ def heat_maps(path: Path, maps: Sequence[tuple[str, Sequence[Sequence[float]]]])
     figure.colorbar(shown, ax=axes.tolist(), shrink=0.8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def labelled_map(
+    path: Path,
+    matrix: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    y_label: str,
+    x_label: str,
+) -> None:
+    """Write a matrix of shares in [0, 1] as a PNG file, with a name for each row and column."""
+    from matplotlib.figure import Figure
+
+    size = (0.5 * len(columns) + 2.2, 0.4 * len(rows) + 1.4)
+    figure = Figure(figsize=size, layout="constrained")
+    axis: Any = figure.subplots()
+    shown = axis.imshow(matrix, vmin=0, vmax=1, cmap="Greys", interpolation="nearest")
+    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    figure.colorbar(shown, label="weight")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

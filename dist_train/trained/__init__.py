@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from dist_train.data import data_folders, evaluation_batches
 from dist_train.data_shards import tokens
 from dist_train.data_shards.sources import locate
 from dist_train.errors import CheckpointError, UserError
+from dist_train.models.decoding import Decoding
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.trainer import Trainer
@@ -80,9 +83,24 @@ def generate(
     prompt: str | None = None,
     seed: int = 0,
     weights: str | None = None,
+    prefix: str | None = None,
+    decoding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Draw from a trained model: a grid of images into `out` (PNG), or text that continues `prompt` into `out`."""
+    """Draw from a trained model: a grid of images into `out` (PNG), or text that continues or translates `prompt`.
+
+    Args:
+        count: images, or tokens at most of a text.
+        prefix: how a translation begins.
+        decoding: arguments of `dist_train.models.decoding.Decoding`; the objective's own way where there are none.
+    """
     import torch
+
+    options: dict[str, Any] = {}
+    if decoding:
+        try:
+            options["how"] = Decoding(**decoding)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"generate: {error}") from error
 
     trainer = restore(run_dir)
     randomness.reseed(seed, trainer.step)
@@ -93,13 +111,21 @@ def generate(
             from dist_train.callbacks.samples import save_grid
 
             save_grid(Path(out), torch.cat(list(images.values())))
+            if decoding or prefix is not None:
+                raise UserError(f"{run_dir}: draws images, expected no way to write text")
             return {"out": str(out), "step": trainer.step, "images": count}
         model = trainer.engines[trainer.objective.players[0]].player.networks
         context = min(getattr(network, "max_length", 1) for network in model.values())
         tokenizer = tokens.load(data_folders(trainer.recipe)[0])
         start = tokenizer.encode((prompt or "\n").encode()).tolist()
+        if prefix is not None:
+            options["prefix"] = tokenizer.encode(prefix.encode()).tolist()
+        if all(
+            "state" in inspect.signature(network.forward).parameters for network in model.values()
+        ):
+            options["cached"] = True
         written = trainer.objective.continue_tokens(
-            networks, start, count, context, trainer.world.device
+            networks, start, count, context, trainer.world.device, **options
         )
     if written is None:
         raise UserError(
