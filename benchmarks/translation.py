@@ -63,11 +63,9 @@ def attention_map(trainer: Trainer, model: Seq2Seq, file: Path) -> None:
             with torch.no_grad():
                 given = torch.cat([micro["target"][row : row + 1, :1], truth[None, :-1]], dim=1)
                 weights = model.eval().attention_weights(read, length[row : row + 1], given)[0]
-            columns, rows = (
-                [_shown(tokenizer, i, end) for i in ids]
-                for ids in (read[0].tolist(), truth.tolist())
-            )
-            plots.heat_map(file, weights.tolist(), rows, columns, "read", "written")
+            columns = [_shown(tokenizer, i, end) for i in read[0].tolist()]
+            rows = [_shown(tokenizer, i, end) for i in truth.tolist()]
+            plots.labelled_map(file, weights.tolist(), rows, columns, "written", "read")
             print(
                 f"{file.name}: {tokenizer.decode(read[0].tolist()).decode()} -> "
                 f"{tokenizer.decode(truth.tolist()).decode()}"
