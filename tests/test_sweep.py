@@ -254,6 +254,35 @@ def processes_of(path: Path) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("search", "at_once", "shown"),
+    [
+        ("grid", 1, 4),  # all of them: the order does not matter
+        ({"name": "random", "trials": 20}, 1, 10),
+        ({"name": "bayesian", "trials": 20}, 2, 2),  # what comes next depends on how these end
+    ],
+)
+def test_a_dry_run_shows_what_would_begin(
+    recipe: Recipe, tmp_path: Path, capsys: Any, search: Any, at_once: int, shown: int
+) -> None:
+    pytest.importorskip("optuna")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "space.yaml").write_text(json.dumps({**SPACE, "search": search}))
+    words = ["sweep", str(tmp_path / "recipe.yaml"), "--space", str(tmp_path / "space.yaml")]
+    words += ["--dry-run", "--at-once", str(at_once), "--run-dir", str(tmp_path / "sweep")]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["first"]) == shown and not (tmp_path / "sweep").exists()
+    if search == "grid":
+        values = [{RATE: rate, "seed": seed} for rate in (0.3, 0.1) for seed in (7, 8)]
+        assert [leg["values"] for leg in found["first"]] == values
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == shown + 2 and all(f"--set {RATE}=" in line for line in lines[1:-1])
+    (tmp_path / "space.yaml").write_text(json.dumps({**SPACE, "space": {"optimizer.lr": [1, 2]}}))
+    assert main(words) == 2
+
+
 @pytest.mark.timeout(300)
 def test_a_killed_sweep_goes_on(recipe: Recipe, tmp_path: Path) -> None:
     """SIGKILL in the middle of the third trial: the first two count, the third goes on from its checkpoint. Then Ctrl-C

@@ -29,6 +29,7 @@ def sweep(
     profile: str | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    dry_run: bool = False,
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Search for the best settings of a recipe; return `{"sweep", "trials", ..., "best", "recipe", "report"}`.
@@ -39,10 +40,12 @@ def sweep(
         on: local, ray or slurm. profile: a site's defaults. at_once: trials side by side (1; elsewhere 4).
         ranks: of each trial, on this machine; elsewhere the recipe's `launch` says it.
         run_dir: the exact directory. resume: go on with what is there, if something is.
+        dry_run: check, start and write nothing, and return what would begin first (`preview`).
         settings: changes of the recipe, `a.b=value`.
     Raises: UserError for what can be known before anything runs; Interrupted when a signal ended it early.
     """
     from dist_train.launch.sweep.conduct import Sweep
+    from dist_train.launch.sweep.preview import preview
     from dist_train.launch.sweep.progress import Progress
     from dist_train.launch.sweep.report import write_report
     from dist_train.ranks import warm_up
@@ -50,15 +53,17 @@ def sweep(
 
     if on not in PLACES:
         raise UserError(f"--on {on}: expected one of {', '.join(PLACES)}{nearest(on, PLACES)}")
-    if on == "local":
+    if on == "local" and not dry_run:
         warm_up()  # which imports what trials need, while this process imports what checks need
     plan, path = _located(recipe, space, settings, run_dir, resume)
     spec = _spec(plan, on, profile, ranks)
-    _check(plan, spec)
+    at_once = at_once or (1 if on == "local" else 4)
+    _check(plan, spec, dry_run)
+    if dry_run:
+        return preview(plan, path, spec, at_once)
     _begin(plan, path)
     directory = RunDirectory(path)
     directory.lock()
-    at_once = at_once or (1 if on == "local" else 4)
     here = os.cpu_count() or 1
     threads = max(1, here // (at_once * spec.ranks)) if on == "local" else None
     going = Sweep(plan, path, threads)
@@ -145,12 +150,17 @@ def _spec(plan: Plan, on: str, profile: str | None, ranks: int | None) -> Spec:
     return spec
 
 
-def _check(plan: Plan, spec: Spec) -> None:
-    """Whatever can be known is checked before anything begins (law 9), at every corner of the space."""
+def _check(plan: Plan, spec: Spec, dry_run: bool) -> None:
+    """Whatever can be known is checked before anything begins (law 9), at every corner of the space; a dry run
+    packs nothing and asks nobody."""
     from dist_train.launch.preflight import check_recipe, check_room
 
     for corner in plan.corners():
-        check_recipe(corner, spec, dry_run=False)
+        check_recipe(corner, spec, dry_run=dry_run)
+        if dry_run:
+            corner.check_components()
+    if dry_run:
+        return
     if spec.on == "ray":
         from dist_train.launch.ray import check_python, check_token
 

@@ -36,11 +36,15 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the sweep that is there.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, show what would begin first, and stop.")
+    ] = False,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Search for the best settings of a recipe: many runs, on this machine, Ray or Slurm."""
     from dist_train.launch.sweep import sweep as run_sweep
+    from dist_train.launch.sweep.preview import show
 
     result = answer(
         as_json,
@@ -53,9 +57,13 @@ def sweep(
             profile=profile,
             run_dir=run_dir,
             resume=resume,
+            dry_run=dry_run,
             settings=settings or (),
         ),
+        show if dry_run else None,
     )
+    if dry_run:
+        return
     if result["stopped"] or result["best"] is None:
         typer.echo(f"error: {result['stopped'] or 'no trial ended well'}", err=True)
         raise typer.Exit(1)
