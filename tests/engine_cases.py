@@ -576,6 +576,32 @@ def branches(world: World, strategy: str, given: bool = False) -> dict[str, Any]
     return {"gradients": numbers(e.full_gradients())}
 
 
+class Viewed(nn.Module):
+    """Its output is a view of a layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.layer = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).squeeze(1)
+
+
+def in_place_loss(net: Any, x: Tensor) -> Tensor:
+    output = net(x)
+    output += 1.0
+    return output.square().mean()
+
+
+def in_place(world: World, strategy: str) -> dict[str, Any]:
+    """One turn whose loss changes the network's output in place."""
+    e = engine_of(strategy, world, Viewed())
+    x, y = batches(1)[0]
+    accumulate(e, x, y, loss=in_place_loss)
+    return {"gradients": numbers(e.full_gradients())}
+
+
 def frozen_of_four() -> dict[str, Any]:
     """`frozen` on four ranks, of each weight of whose batch norm each rank holds one element."""
     world = World.join(group=True)
@@ -696,6 +722,7 @@ CHECKS: dict[str, Callable[[World, str], dict[str, Any]]] = {
     "unused": unused,
     "branches-streamed": branches,
     "branches-given": lambda w, s: branches(w, s, True),
+    "in-place": in_place,
     "precisions": precisions,
     "traffic": traffic,
     "overflow-streamed": lambda w, s: overflow(w, s, False),

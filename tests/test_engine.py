@@ -311,6 +311,13 @@ def branched() -> dict[str, Any]:
     return cases.numbers(cases.plain_gradients(module, *cases.batches(1)[0], cases.branch_loss)[1])
 
 
+@pytest.mark.parametrize("strategy", ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2"))
+def test_an_output_that_is_a_view_may_be_changed_in_place(found: Found, strategy: str) -> None:
+    module = cases.Viewed()
+    truth = cases.plain_gradients(module, *cases.batches(1)[0], cases.in_place_loss)[1]
+    assert difference(found("in-place", strategy)["gradients"], cases.numbers(truth)) <= EXACT
+
+
 @streamed_and_given
 @pytest.mark.parametrize("strategy", ("single", "ddp", "fsdp2"))
 def test_ranks_that_use_different_parameters(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from dist_train.engine.base import (
     Engine,
@@ -92,6 +93,7 @@ class FsdpEngine(Engine):
             whole = [p for p in unit.parameters() if not isinstance(p, DTensor)]
             for parameter in whole:
                 self._make_whole(parameter)
+            unit.register_forward_hook(_no_view)
             fully_shard(unit, mesh=self.mesh.devices, reshard_after_forward=not self._keeps)
             for parameter in whole:
                 parameter.data = parameter.data.new_empty(0)
@@ -325,6 +327,11 @@ _OTHER_ORDER = (
     "strategy: fsdp2: this rank called other blocks, or in another order, than the other ranks in this turn, and torch"
     " would take the weights of one for those of another; name the player in the objective's `given`, or choose ddp"
 )
+
+
+def _no_view(unit: nn.Module, inputs: Any, output: Any) -> Any:
+    """Outputs in memory of their own: whoever changes a view in place takes FSDP's hook off it, without a word."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t._is_view() else t, output)
 
 
 def _local(parameter: nn.Parameter) -> Tensor:
