@@ -44,10 +44,9 @@ def locate(recipe: str) -> Path:
             raise UserError(f"{recipe}: a folder without recipe.yaml, expected a run directory")
         path = path / "recipe.yaml"
     if not path.is_file():
-        names = recipe_names()
         raise UserError(
-            f"{recipe}: no such recipe: expected a YAML file, a run directory or one of {', '.join(names)}"
-            + nearest(recipe, names)
+            f"{recipe}: no such recipe: expected a YAML file, a run directory or a name of `dist-train list`"
+            + nearest(recipe, recipe_names())
         )
     return path.resolve()
 
