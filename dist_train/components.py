@@ -43,6 +43,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "dcgan_discriminator": "dist_train.models.dcgan:DCGANDiscriminator",
         "translator": "dist_train.models.cyclegan:Translator",
         "patch_discriminator": "dist_train.models.cyclegan:PatchDiscriminator",
+        "nice": "dist_train.models.flow:NICE",
+        "realnvp": "dist_train.models.flow:RealNVP",
     },
     "objective": {
         "classification": "dist_train.objectives.classification:Classification",
@@ -54,6 +56,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "elbo": "dist_train.objectives.elbo:EvidenceLowerBound",
         "gan": "dist_train.objectives.gan:GAN",
         "cyclegan": "dist_train.objectives.cyclegan:CycleGAN",
+        "likelihood": "dist_train.objectives.likelihood:Likelihood",
     },
     "optimizer": {
         "sgd": "dist_train.optimizers:sgd",

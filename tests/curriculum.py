@@ -286,6 +286,18 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "elbo", "latent_dim": 4, "inference": "per_sample"},
         "shapes": {},  # it knows of no other samples
     },
+    "nice-likelihood": {
+        "data": {"path": "pictures", "scale": "unit"},
+        "model": {"name": "nice", "width": 8, "in_features": "auto"},
+        "objective": {"name": "likelihood", "shape": [1, 32, 32], "prior": "logistic"},
+        "shapes": {"nll": (4,), "bits_per_dim": (4,)},
+    },
+    "realnvp-likelihood": {
+        "data": {"path": "pictures", "scale": "unit"},
+        "model": {"name": "realnvp", "width": 4, "channels": "auto", "image_size": "auto"},
+        "objective": {"name": "likelihood", "shape": [1, 32, 32]},
+        "shapes": {"nll": (4,), "bits_per_dim": (4,)},
+    },
 }
 
 

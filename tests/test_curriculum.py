@@ -57,6 +57,7 @@ PLAYERS_OF = {
         "vae_conv_encoder-vae_conv_decoder",
         "vae_table-vae_conv_decoder",
     ],
+    "likelihood": ["nice", "realnvp"],
 }
 """The models that give what an objective takes: a vector a picture, logits a token, a picture and its score."""
 
