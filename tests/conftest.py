@@ -16,7 +16,14 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("DIST_TRAIN_TIMEOUT", "30")
 os.fsync = lambda handle: None  # no test cuts the power, and each costs 10 ms; as in `cases`
 
-FIRST = ("test_slurm", "test_ray", "test_launchers", "test_parity_grid", "test_engine")
+FIRST = (
+    "test_slurm",
+    "test_ray",
+    "test_launchers",
+    "test_parity_grid",
+    "test_curriculum",
+    "test_engine",
+)
 """What takes longest, so that the workers of `make test` end together; Ray beside Slurm, which leaves it most of the
 cores: it gives up where a node takes 30 s to start."""
 seconds: Counter[str] = Counter()
