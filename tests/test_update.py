@@ -140,6 +140,13 @@ def test_the_divisor_is_that_of_clip_grad_norm() -> None:
     assert update.divisor_of(norm, None, None) is None
 
 
+@pytest.mark.parametrize("value", (None, 0.5))
+def test_a_rank_that_holds_nothing_updates_nothing(value: float | None) -> None:
+    optimizer = torch.optim.SGD([{"params": []}], lr=0.1)
+    Update(optimizer)([], torch.tensor(2.0, device=DEVICE), value)
+    assert not optimizer.state
+
+
 def test_a_parameter_without_a_gradient_stays() -> None:
     ours, theirs = optimizer_of("adamw"), optimizer_of("adamw")
     for optimizer in (ours, theirs):

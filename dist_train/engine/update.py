@@ -54,6 +54,8 @@ class Update:
     ) -> None:
         """Update by `gradients` (those that the parameters have) / `divisor`, each entry clipped into
         [-clip_value, clip_value]."""
+        if not gradients:
+            return  # of a player with fewer rows than ranks a rank may hold nothing
         in_the_kernel = self._divides and clip_value is None
         if divisor is not None and not in_the_kernel:
             devices = {gradient.device for gradient in gradients}
