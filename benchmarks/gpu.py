@@ -81,6 +81,8 @@ def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[
     recipe = Recipe(**plain_recipe(work, shards_of(work, folder)))
     step, _ = foresee(recipe, assembly.build_one)
     foreseen = sum(footprint.rank_memory(step, {"name": "single"}, 1, 1).values())
+    card = device_like(torch.cuda.get_device_name()) if bench.kind == "cuda" else None
+    foreseen += card.workspaces * 2**20 if card else 0
     reset_peak(bench)
     before = torch.cuda.memory_allocated() if bench.kind == "cuda" else None
     directory = RunDirectory.create_at(folder / f"run-{work.name}")
@@ -116,7 +118,6 @@ def measure(work: Workload, bench: Bench, folder: Path, ceiling: float) -> dict[
     flops = float(sum(one.flops for one in step.turns.values()))
     if work.convention is not None:
         flops = work.units * work.convention(weights)
-    card = device_like(torch.cuda.get_device_name()) if bench.kind == "cuda" else None
     found = {
         "parameters": weights,
         "unit": work.unit,

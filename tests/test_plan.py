@@ -73,9 +73,9 @@ def test_memory_of_two_ranks(tiny_data: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_memory_of_two_ranks_that_a_model_dominates(tiny_data: Path) -> None:
-    """Never more than 5 % too low; too high by what a quick network leaves out."""
+    """Within 5 %."""
     for _, held, peak in compared(tiny_data, DOMINATING, 5):
-        assert peak / 1.05 <= held <= 1.1 * peak
+        assert peak / 1.05 <= held <= 1.05 * peak
 
 
 def test_flops_follow_the_convention(tiny_data: Path) -> None:
@@ -229,4 +229,6 @@ def test_a_larger_micro_batch_is_the_largest_that_fits(tiny_data: Path) -> None:
     recipe = plan_cases.large(tiny_data, "transformer", 4, "ddp")
     found = plan(recipe, device("h100"), per_node=2)["strategies"][0]
     assert found["largest_micro_batch"] == 12
+    assert found["memory"]["libraries"] == 64 * 2**20
+    assert found["total"] == sum(found["memory"].values())
     assert all(one.half >= one.fp32 for one in DEVICES.values())

@@ -15,6 +15,7 @@ class Device:
         fp32, tf32, half: TFLOP/s of dense matrix products in fp32, TF32, and bf16 or fp16.
         memory: GiB. bandwidth: GB/s of its own memory.
         link: GB/s to the GPUs of its node, one way. network: GB/s to other nodes, a GPU, one way.
+        workspaces: MiB that torch gives to cuBLAS and cuBLASLt: 32 each from Hopper on, 8 and 4 before.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Device:
     bandwidth: float
     link: float
     network: float
+    workspaces: int = 12
 
     def flops_per_second(self, precision: str, tf32: bool = False) -> float:
         fast = self.tf32 if tf32 else self.fp32
@@ -34,10 +36,10 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        # name            fp32  tf32   half  GiB   GB/s  link  network
-        Device("b200", 75, 1125, 2250, 180, 7700, 900, 50),
-        Device("h200", 67, 494, 989, 141, 4800, 450, 50),
-        Device("h100", 67, 494, 989, 80, 3350, 450, 50),
+        # name            fp32  tf32   half  GiB   GB/s  link  network  workspaces
+        Device("b200", 75, 1125, 2250, 180, 7700, 900, 50, 64),
+        Device("h200", 67, 494, 989, 141, 4800, 450, 50, 64),
+        Device("h100", 67, 494, 989, 80, 3350, 450, 50, 64),
         Device("a100-80g", 19.5, 156, 312, 80, 2039, 300, 25),
         Device("a100", 19.5, 156, 312, 40, 1555, 300, 25),
         Device("v100", 15.7, 15.7, 125, 32, 900, 150, 12.5),

@@ -45,6 +45,7 @@ def plan(
     other = _other_size(recipe, ranks)
     second = foresee(recipe, assembly.build_one, other, min(share, 2))[0] if other else step
     limit = device.memory * GIB * (1 - footprint.RESERVED)
+    libraries = {"libraries": device.workspaces * 2**20}  # of what is reserved
     rows: list[dict[str, Any]] = []
     choices = footprint.candidates(recipe, ranks)
     for strategy in [*choices, *footprint.besides(recipe, ranks)]:
@@ -53,8 +54,8 @@ def plan(
         rows.append(
             {
                 "strategy": named(strategy),
-                "memory": held,
-                "total": sum(held.values()),
+                "memory": held | libraries,
+                "total": sum(held.values()) + sum(libraries.values()),
                 "fits": footprint.fits(held, limit),
                 "largest_micro_batch": _largest(
                     recipe, strategy, ranks, (step, second), other, limit
