@@ -46,8 +46,10 @@ def test_what_failed_in_turn_is_said_after_the_cause() -> None:
 
 @pytest.fixture
 def launched(tmp_path: Path, request: pytest.FixtureRequest) -> subprocess.Popen[bytes]:
-    """A launcher whose two ranks have a stubborn child each; the second rank may stop or kill itself."""
-    call = f"it.launcher(it.with_children, {str(tmp_path)!r}, {request.param!r})"
+    """A launcher whose two ranks have a stubborn child each; the second rank may stop or kill itself. It begins with
+    SIGINT ignored, as the jobs do that a shell has put in the background."""
+    call = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    call += f"it.launcher(it.with_children, {str(tmp_path)!r}, {request.param!r})"
     environ = {**os.environ, "PYTHONPATH": str(Path(cases.__file__).parent)}
     return subprocess.Popen(
         [sys.executable, "-c", f"import launcher_cases as it; {call}"],

@@ -20,7 +20,7 @@ class BufferKeeper:
         self.world = world
         self.floats = [b for b in buffers if b.is_floating_point()]
         self.integers = [b for b in buffers if not b.is_floating_point()]
-        self._floats_before = [torch.empty_like(b) for b in self.floats]
+        self.before = [torch.empty_like(b) for b in self.floats]
         self._integers_before = [torch.empty_like(b) for b in self.integers]
         self.change = [torch.zeros_like(b) for b in self.floats]
         self.micro_batches = 0
@@ -29,7 +29,7 @@ class BufferKeeper:
     def begin(self) -> None:
         self.micro_batches = 0
         if self.floats:
-            torch._foreach_copy_(self._floats_before, self.floats)
+            torch._foreach_copy_(self.before, self.floats)
             torch._foreach_zero_(self.change)
         if self.integers:
             torch._foreach_copy_(self._integers_before, self.integers)
@@ -38,8 +38,8 @@ class BufferKeeper:
     def after_micro_batch(self, last: bool) -> None:
         self.micro_batches += 1
         if self.floats:
-            torch._foreach_add_(self.change, torch._foreach_sub(self.floats, self._floats_before))
-            torch._foreach_copy_(self.floats, self._floats_before)
+            torch._foreach_add_(self.change, torch._foreach_sub(self.floats, self.before))
+            torch._foreach_copy_(self.floats, self.before)
         if self.integers and not last:
             torch._foreach_copy_(self.integers, self._integers_before)
 
@@ -47,7 +47,7 @@ class BufferKeeper:
     def undo(self) -> None:
         """End a turn that changes nothing."""
         if self.floats:
-            torch._foreach_copy_(self.floats, self._floats_before)
+            torch._foreach_copy_(self.floats, self.before)
         if self.integers:
             torch._foreach_copy_(self.integers, self._integers_before)
 

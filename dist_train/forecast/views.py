@@ -138,7 +138,7 @@ class Counted(Shards):
     def __init__(self, weights: Mapping[str, Tensor], small: int) -> None:
         self.weights = weights
         self.sizes = {name: w.numel() for name, w in weights.items() if w.numel() > small}
-        self.lengths = dict(self.sizes)
+        self.lengths, self.device = dict(self.sizes), "cpu"
         self.bytes = sum(weight.nbytes for weight in weights.values())
         self.gathered = self.scattered = 0
 

@@ -285,6 +285,8 @@ def _run_rank(
 ) -> None:
     die_with_parent()
     os.setpgid(0, 0)
+    # a job that a shell has put in the background ignores it, but the launcher hands it on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(
         environ,
