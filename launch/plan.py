@@ -80,7 +80,7 @@ def _own(
     link: float | None,
 ) -> Device:
     """A named device with what the flags say instead."""
-    changed: dict[str, float] = {}
+    changed: dict[str, Any] = {}
     if tflops is not None:
         changed |= dict.fromkeys(("fp32", "tf32", "half"), tflops)
     if memory is not None:
