@@ -11,8 +11,10 @@ import torch
 from cases import Doubled, strategy
 from parity_models import CLIPS, FAMILIES, family_recipe
 
+from dist_train.callbacks import Callback
 from dist_train.networks.precision import has_recurrent_bf16
 from dist_train.testing import spawn_ranks
+from dist_train.trainer import Trainer
 from dist_train.verify import parity, verdict
 from dist_train.world import World
 
@@ -85,17 +87,37 @@ def grid(cases: list[Case], data: str, folder: str) -> dict[str, dict[str, Any]]
     return found
 
 
+class StoredAnew(Callback):
+    """Half of all weights, drawn by a seed, become the next number above or below at the start of a step.
+
+    At best, what a step computes in fp32 is the exact result of weights about so far off (Higham 2002, section 1.5), so
+    this moves all that is rounded on its way forward and backward, as Monte Carlo arithmetic does (Parker 1997).
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def step_begins(self, run: Trainer) -> None:
+        for engine in run.engines.values():
+            for weight in engine.trained.values():
+                draw = torch.randint(0, 4, weight.shape, generator=self._random)
+                toward = weight + (draw == 0).to(weight) - (draw == 1).to(weight)
+                weight.copy_(torch.nextafter(weight, toward))
+
+
 def floors(cases: list[Case], data: str, folder: str) -> dict[str, dict[str, float]]:
     """By name of the reference what one process shows against itself: of every entry the largest of eight runs, its
-    micro-batches summed forward and in reverse, every gradient moved by half a rounding, up or down by four seeds."""
+    micro-batches summed forward and in reverse, weights and gradients moved by half a rounding, by eight seeds."""
     found: dict[str, dict[str, float]] = {}
     for name, case in {reference_name(case): case for case in cases}.items():
         recipe = family_recipe(case[0], data, case[2] * case[3], case[4])
         found[name] = {}
-        for order, seed in itertools.product(("forward", "reversed"), range(4)):
-            directory = Path(folder) / f"{name}-{order}-{seed}"
+        for seed, order in enumerate(("forward", "reversed") * 4):
+            directory = Path(folder) / f"{name}-floor-{seed}"
             with parity.trainer_of(recipe, World(), directory, order) as trainer:
                 parity.watch(trainer, parity.Rounded(seed))
+                parity.watch(trainer, StoredAnew(seed))
                 differences = parity.step_locked(trainer, Path(folder) / name, STEPS)
             for full, (difference, _) in differences.items():
                 found[name][full] = max(found[name].get(full, 0.0), difference)

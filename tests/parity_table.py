@@ -32,7 +32,7 @@ at least 1 % of all tensors' together). What equal means, and why step by step:
 
 A cell is the largest difference of its three clippings. **{failed} of {cases} cases fail; the largest difference is
 {largest:.1e}** ({where}). {beyond} of them have a tensor beyond {bound:.0e}: each is listed below beside its own floor,
-which is the most that one process shows for it when it moves every gradient by half a rounding and sums its
+which is the most that one process shows for it when it moves weights and gradients by half a rounding and sums its
 micro-batches forward or in reverse. Up to {times:g} floors are rounding
 ([decision 0035](decisions/0035-a-tensor-that-cancels.md)).
 

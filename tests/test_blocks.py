@@ -157,6 +157,11 @@ def test_views_are_compiled_where_the_network_is(tiny_data: Path, tmp_path: Path
 REFUSED = {
     "a given player": ("wgan_gp", {"compile": True}, "'critic' are given"),
     "zero3": ("resnet", {"compile": True, "strategy": "zero3"}, "zero3 gathers"),
+    "graphs": (
+        "resnet",
+        {"compile": "cuda_graphs", "strategy": "zero2"},
+        "cuda_graphs read weights always from the same memory, and zero2 gathers them",
+    ),
     "both": ("resnet", {"compile": True, "activation_checkpointing": "auto"}, "not together"),
 }
 

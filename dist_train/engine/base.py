@@ -106,7 +106,9 @@ class Engine(ABC):
         return self.views.evaluated(network, weights)
 
     def loss_context(self) -> contextlib.AbstractContextManager[Any]:
-        """In which the loss of this player's turn is to be computed (`Views.loss_context`)."""
+        """In which the loss of a micro-batch of this player's turn is to be computed (`Views.loss_context`)."""
+        if self.player.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         return self.views.loss_context() if self.given else contextlib.nullcontext()
 
     # -- the loop ----------------------------------------------------------------------------------------------------

@@ -202,6 +202,7 @@ class FsdpEngine(Engine):
     def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
         self._sum = added(self._sum, gradients)
 
+    @torch.no_grad()  # or each `to_local` would be a node of a graph
     def reduce(self) -> None:
         if self.given:
             self._scatter_given()

@@ -73,6 +73,9 @@ class PlainEngine(Engine):
         if self._buckets:
             self._buckets.launch_when_ready = last
         backward(loss, constant_like(loss, share))
+        if self.player.cuda_graphs and not last:  # the next replay writes where this one did
+            for parameter in self._parameters:
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,10 +36,9 @@ class Views:
         gather: Callable[[], dict[str, Tensor]],
     ) -> None:
         self._skeleton, self._evaluation = player.skeleton(), player.skeleton().eval()
-        self._frozen = player.skeleton()
-        compile_like(self._frozen, player)
         self._aliases = _aliases(player)
         self._buffers, self._trained, self._gather = buffers, list(trained), gather
+        self._frozen = _Frozen(player, self._aliases, buffers)
         self._layers: dict[str, Layers] = {}  # by who sees the networks
         self._readers: dict[str, Player] = {}
         self.forget()
@@ -58,6 +58,7 @@ class Views:
         """The weights have changed."""
         self._weights: dict[str, Tensor] | None = None
         self._leaves: dict[str, Tensor] | None = None
+        self._frozen.release()
         for layers in self._layers.values():
             layers.forget()
 
@@ -90,10 +91,12 @@ class Views:
     def frozen(self, network: str) -> Callable[..., Any]:
         """The network as other players' turns see it: gradients flow through it to its input, nothing reaches or
         changes the network (running statistics are copies)."""
-        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         if self.by_layer:
+            buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
             return self._read("frozen", network, buffers)
-        return self._call(self._frozen, network, {**self.weights, **buffers})
+        if not self._frozen.holds:
+            self._frozen.hold(self.weights)
+        return self._frozen.call(network)
 
     def loss_context(self) -> contextlib.AbstractContextManager[Any]:
         """In which the loss of this player's `given` turn is to be computed."""
@@ -169,6 +172,65 @@ class Views:
             return torch.func.functional_call(skeleton, tensors, (network, *inputs))
 
         return call
+
+
+class _Frozen:
+    """A copy of the networks that holds others' weights for a turn: no hook, no gradient and no change of a buffer
+    reaches those. Its own copies of the buffers stay where they are, as CUDA graphs want it."""
+
+    def __init__(
+        self, player: Player, aliases: Mapping[str, str], buffers: Mapping[str, Tensor]
+    ) -> None:
+        self._player = player.skeleton()
+        compile_like(self._player, player, player.cuda_graphs)
+        self._slots = [(*_slot(self._player, path), name) for path, name in aliases.items()]
+        self._hollow = [table[key] for table, key, _ in self._slots]
+        self._copies = {name: torch.empty_like(buffer) for name, buffer in buffers.items()}
+        self._pairs = {
+            network: _by_type(
+                (self._copies[name], buffers[name])
+                for path, name in aliases.items()
+                if path.startswith(f"networks.{network}.") and name in buffers
+            )
+            for network in player.networks
+        }
+        self.holds = False
+
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """Take these weights, until `release`."""
+        for table, key, name in self._slots:
+            table[key] = self._copies[name] if name in self._copies else weights[name]
+        self.holds = True
+
+    def release(self) -> None:
+        if self.holds:
+            for (table, key, _), hollow in zip(self._slots, self._hollow, strict=True):
+                table[key] = hollow
+            self.holds = False
+
+    @torch.no_grad()
+    def call(self, network: str) -> Callable[..., Any]:
+        """A network, with the buffers as they are now."""
+        for copies, present in self._pairs[network]:
+            torch._foreach_copy_(copies, present)
+        return functools.partial(self._player, network)
+
+
+def _by_type(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Two lists of each type, which one kernel copies."""
+    found: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, present in pairs:
+        copies, presents = found.setdefault(copy.dtype, ([], []))
+        copies.append(copy)
+        presents.append(present)
+    return list(found.values())
+
+
+def _slot(player: Player, path: str) -> tuple[dict[str, Any], str]:
+    """Where a module keeps the parameter or buffer of this path."""
+    owner, _, leaf = path.rpartition(".")
+    module = player.get_submodule(owner)
+    return (module._parameters if leaf in module._parameters else module._buffers), leaf
 
 
 def single_backward(live: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dist_train.errors import nearest
 from dist_train.networks.placement import place
@@ -20,6 +21,7 @@ class Player(nn.Module):
     Under bf16 and fp16 the weights stay fp32 and autocast chooses the type of each operation; outputs come back as
     fp32, so that losses are written once for every precision. With `channels_last` images (N, C, H, W) come in with
     their channels innermost, which convolutions pass on; weights keep their layout, so that they can be sharded.
+    With `cuda_graphs` the next replay of a forward writes where the last one did, so outputs are copied out.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class Player(nn.Module):
         device_type: str,
         channels_last: bool = False,
         placement: Mapping[str, int] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.precision, self.device_type = precision, device_type
         self.channels_last = channels_last
         self.placement = dict(placement or {})
+        self.cuda_graphs = cuda_graphs
 
     def on(self, devices: Sequence[str]) -> Player:
         """Move the networks to the first device, and what is placed elsewhere to its own."""
@@ -48,9 +52,10 @@ class Player(nn.Module):
         if self.channels_last:
             inputs = tuple(_channels_last(value) for value in inputs)
         if self.precision not in AUTOCAST:
-            return self.networks[name](*inputs)
+            output = self.networks[name](*inputs)
+            return tree_map_only(Tensor, torch.clone, output) if self.cuda_graphs else output
         with torch.autocast(self.device_type, AUTOCAST[self.precision]):
-            return _to_fp32(self.networks[name](*inputs))
+            return _to_fp32(self.networks[name](*inputs), copy=self.cuda_graphs)
 
     def skeleton(self) -> Player:
         """A copy without weights: a function of the weights that a view passes in."""
@@ -72,13 +77,14 @@ def _channels_last(value: Any) -> Any:
     return value
 
 
-def _to_fp32(output: Any) -> Any:
+def _to_fp32(output: Any, copy: bool) -> Any:
     if isinstance(output, Tensor):
-        return output.float() if output.is_floating_point() else output
+        dtype = torch.float32 if output.is_floating_point() else output.dtype
+        return output.to(dtype, copy=copy)
     if isinstance(output, tuple | list):
-        return type(output)(_to_fp32(part) for part in output)
+        return type(output)(_to_fp32(part, copy) for part in output)
     if isinstance(output, dict):
-        return {key: _to_fp32(part) for key, part in output.items()}
+        return {key: _to_fp32(part, copy) for key, part in output.items()}
     return output
 
 

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_train.errors import UserError, nearest
 
+CUDA_GRAPHS = "triton.cudagraphs"
+"""torch.compile's option."""
 LARGE_BYTES = 2**20
 """The weights of a layer for which a collective of its own is worth it."""
 
@@ -155,10 +157,13 @@ def _write(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         tensors[name].data.copy_(value)  # unseen by autograd, which may have saved the buffer
 
 
-def compile_forward(module: nn.Module) -> None:
+def compile_forward(module: nn.Module, cuda_graphs: bool = False) -> None:
     """Compile the module's forward by `torch.compile`, with the random draws that it makes without.
 
     Views of the module are copies: frozen ones are compiled too (`compile_like`), the others run as written.
+
+    Args:
+        cuda_graphs: whether what is compiled, and its backward, are replayed as CUDA graphs: a call of the host each.
     """
     from torch._inductor import config, cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
@@ -176,11 +181,11 @@ def compile_forward(module: nn.Module) -> None:
             " install torch elsewhere, or remove compile"
         )
     config.fallback_random = True
-    module.compile()
+    module.compile(options={CUDA_GRAPHS: cuda_graphs})
 
 
-def compile_like(copy: nn.Module, module: nn.Module) -> None:
+def compile_like(copy: nn.Module, module: nn.Module, cuda_graphs: bool) -> None:
     """Compile the forwards of a copy that are compiled in the module."""
     for mine, theirs in zip(copy.modules(), module.modules(), strict=True):
         if theirs._compiled_call_impl is not None:
-            mine.compile()
+            mine.compile(options={CUDA_GRAPHS: cuda_graphs})

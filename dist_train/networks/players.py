@@ -58,7 +58,14 @@ def make_players(
     for module in by_name.values():
         placement.check(module, recipe.placement)
     return {
-        player: Player(modules, recipe.precision, device, recipe.channels_last, recipe.placement)
+        player: Player(
+            modules,
+            recipe.precision,
+            device,
+            recipe.channels_last,
+            recipe.placement,
+            cuda_graphs=recipe.compile == "cuda_graphs",
+        )
         for player, modules in networks.items()
     }
 
@@ -89,7 +96,7 @@ def _compile(
         )
     found = (
         {name: [module] for name, module in by_name.items()}
-        if recipe.compile is True
+        if recipe.compile is True or recipe.compile == "cuda_graphs"
         else chosen(by_name, recipe.compile or [], "compile")
     )
     for player, modules in networks.items():
@@ -98,9 +105,15 @@ def _compile(
             raise UserError(
                 f"compile: the gradients of '{player}' are given, from a double backward, which torch.compile has not"
             )
-        if wanted and recipe.strategies[player]["name"] == "zero3":
+        strategy = recipe.strategies[player]["name"]
+        if recipe.compile == "cuda_graphs" and strategy not in ("single", "ddp"):
+            raise UserError(
+                f"compile: cuda_graphs read weights always from the same memory, and {strategy} gathers them;"
+                " choose single or ddp, or compile: true"
+            )
+        if wanted and strategy == "zero3":
             raise UserError(
                 "compile: zero3 gathers weights in hooks, which torch.compile cannot trace; choose zero2 or ddp"
             )
         for module in wanted:
-            compile_forward(module)
+            compile_forward(module, cuda_graphs=recipe.compile == "cuda_graphs")

@@ -81,8 +81,9 @@ class Recipe(Section):
     activation_checkpointing: Literal["auto"] | list[str] | None = Field(
         None, description="auto, or a list of patterns of module names like 'blocks.*'"
     )
-    compile: bool | list[str] = Field(
-        False, description="true, false, or a list of patterns of module names like 'blocks.*'"
+    compile: bool | Literal["cuda_graphs"] | list[str] = Field(
+        False,
+        description="true, false, cuda_graphs, or a list of patterns of module names like 'blocks.*'",
     )
     batch_norm: Literal["fixed", "synchronised"] = Field(
         "fixed", description="fixed (over a micro-batch) or synchronised (over the global batch)"
