@@ -19,13 +19,16 @@ SHARES, LEAST_BYTES = 8, 1024 * 1024
 class Buckets:
     """Flat gradient buffers, filled in the reverse order of the parameters, so that the sums over the ranks start while
     backward still runs. Which gradient lies in which bucket never changes: torch's DDP regroups its buckets after the
-    first step, and with three ranks or more that alone makes a resumed run differ."""
+    first step, and with three ranks or more that alone makes a resumed run differ.
+
+    The first gradients of a turn are copied in once all of a bucket are there, later ones are added in place.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], world: World) -> None:
         self.world = world
-        self.launch_when_ready = False
         self.flat: list[Tensor] = []
         self.members: list[list[nn.Parameter]] = []
+        self._places: list[list[Tensor]] = []  # of each member's gradient in its bucket
         share = sum(p.numel() * p.element_size() for p in parameters) // SHARES
         full = min(BUCKET_BYTES, max(LEAST_BYTES, share))
         for parameter in reversed(parameters):
@@ -41,34 +44,55 @@ class Buckets:
                 self.members.append([])
             self.members[-1].append(parameter)
         for index, members in enumerate(self.members):
-            flat = torch.zeros(
-                sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device
-            )
-            offset = 0
+            sizes = [p.numel() for p in members]
+            flat = torch.zeros(sum(sizes), dtype=members[0].dtype, device=members[0].device)
+            parts = zip(flat.split(sizes), members, strict=True)
+            self._places.append([part.view_as(parameter) for part, parameter in parts])
+            self.flat.append(flat)
             for parameter in members:
-                parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-                offset += parameter.numel()
                 parameter.register_post_accumulate_grad_hook(
                     lambda _, index=index: self._ready(index)
                 )
-            self.flat.append(flat)
         self.clear()
 
     def clear(self) -> None:
-        """Start a turn: every gradient is zero, nothing is under way."""
-        for flat in self.flat:
-            flat.zero_()
-        self.launch_when_ready = False
-        self.waiting = [len(members) for members in self.members]
+        """Start a turn: there is no gradient, nothing is under way."""
+        for members in self.members:
+            for parameter in members:
+                parameter.grad = None
         self.work: list[Any] = []
+        self.expect(last=False)
+
+    def expect(self, last: bool) -> None:
+        """Start a backward. The sums over the ranks start in the `last` one of a turn."""
+        self._last = last
+        self._waiting = [len(members) for members in self.members]
 
     def _ready(self, index: int) -> None:
-        if not self.launch_when_ready:
-            return
-        self.waiting[index] -= 1
+        self._waiting[index] -= 1
+        if self._waiting[index] == 0:
+            self._take(index)
         # every rank must start the buckets in one order, whichever gradient happens to be ready first
-        while len(self.work) < len(self.flat) and self.waiting[len(self.work)] == 0:
+        while self._last and len(self.work) < len(self.flat) and not self._waiting[len(self.work)]:
             self._launch()
+
+    @torch.no_grad()
+    def _take(self, index: int) -> None:
+        """Put the gradients into their bucket that lie elsewhere; what has none yet is zero."""
+        members, places = self.members[index], self._places[index]
+        outside = [i for i, p in enumerate(members) if p.grad is not places[i]]
+        found = [i for i in outside if members[i].grad is not None]
+        if found:
+            torch._foreach_copy_([places[i] for i in found], [members[i].grad for i in found])  # type: ignore[misc]
+        if len(found) < len(outside):
+            torch._foreach_zero_([places[i] for i in outside if members[i].grad is None])
+        for i in outside:
+            members[i].grad = places[i]
+
+    def take(self) -> None:
+        """Put all gradients into their buckets."""
+        for index in range(len(self.flat)):
+            self._take(index)
 
     def _launch(self) -> None:
         self.work.append(dist.all_reduce(self.flat[len(self.work)], async_op=True))
@@ -76,6 +100,7 @@ class Buckets:
     def finish(self) -> None:
         """Start what is left (networks that a turn did not use) and wait for all sums."""
         while len(self.work) < len(self.flat):
+            self._take(len(self.work))
             self._launch()
         for work in self.work:
             work.wait()

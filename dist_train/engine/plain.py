@@ -71,11 +71,18 @@ class PlainEngine(Engine):
 
     def _stream(self, loss: Tensor, share: float | Tensor, last: bool) -> None:
         if self._buckets:
-            self._buckets.launch_when_ready = last
+            self._buckets.expect(last)
         backward(loss, constant_like(loss, share))
-        if self.player.cuda_graphs and not last:  # the next replay writes where this one did
-            for parameter in self._parameters:
-                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+        if self.player.cuda_graphs and not last:
+            self._keep_gradients()
+
+    def _keep_gradients(self) -> None:
+        """Copy them from where the next replay of a graph writes."""
+        if self._buckets:
+            self._buckets.take()
+            return
+        for parameter in self._parameters:
+            parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def _add_given(self, gradients: Iterable[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -85,6 +92,8 @@ class PlainEngine(Engine):
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
+        if self._buckets:
+            self._buckets.take()
 
     def _update(self) -> Tensor | None:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
