@@ -28,6 +28,7 @@ SETTINGS = {
     # setting: what the line must say
     "duration=20": ["duration", "20", "20 steps", "20 epochs"],
     "duration=-1 epochs": ["duration", "-1 epochs"],
+    "compile=graphs": [" compile: got 'graphs'", "cuda_graphs"],
     "duration=0 steps": ["duration", "more than 0"],
     "duration=2 epoochs": ["duration", "did you mean 'epochs'"],
     "duration=1.5 steps": ["duration", "whole"],

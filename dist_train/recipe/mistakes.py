@@ -10,6 +10,10 @@ from dist_train.errors import nearest
 from dist_train.settings import short
 
 
+BRANCHES = ("bool", "int", "float", "literal")
+"""What pydantic adds to the place of a mistake in a field of several types."""
+
+
 def _field_at(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[type[BaseModel] | None, str]:
     """The section that `path` names, if it names one, and the description of the last field on the way."""
     section: type[BaseModel] | None = root
@@ -36,7 +40,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     mistakes = error.errors(include_url=False)
     first = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
     path = tuple(part for part in first["loc"] if not isinstance(part, str) or "[" not in part)
-    if first["type"] == "literal_error" and path[-1:] and path[-1] == "literal":
+    if path[-1:] and path[-1] in BRANCHES and first["type"] != "extra_forbidden":
         path = path[:-1]
     section, description = _field_at(root, path)
     where = ".".join(map(str, path))
