@@ -45,6 +45,9 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "patch_discriminator": "dist_train.models.cyclegan:PatchDiscriminator",
         "nice": "dist_train.models.flow:NICE",
         "realnvp": "dist_train.models.flow:RealNVP",
+        "pixel_cnn": "dist_train.models.pixel_cnn:PixelCNN",
+        "row_lstm": "dist_train.models.pixel_rnn:RowLSTM",
+        "pixel_transformer": "dist_train.models.pixel_transformer:PixelTransformer",
     },
     "objective": {
         "classification": "dist_train.objectives.classification:Classification",
@@ -57,6 +60,7 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "gan": "dist_train.objectives.gan:GAN",
         "cyclegan": "dist_train.objectives.cyclegan:CycleGAN",
         "likelihood": "dist_train.objectives.likelihood:Likelihood",
+        "autoregression": "dist_train.objectives.autoregression:Autoregression",
     },
     "optimizer": {
         "sgd": "dist_train.optimizers:sgd",

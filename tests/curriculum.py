@@ -69,6 +69,12 @@ def names(**arguments: Any) -> dict[str, Any]:
 
 
 SMALL = {"latent_dim": 4, "width": 4}
+EIGHTH = [{"name": "resize", "size": 8}]
+EIGHTHS = {
+    "path": "pictures",
+    "scale": "unit",
+    "transforms": {"train": EIGHTH, "evaluate": EIGHTH},
+}
 PICTURE = {"hidden": 16, "channels": "auto", "image_size": "auto"}
 
 
@@ -296,6 +302,35 @@ CASES: dict[str, dict[str, Any]] = {
         "data": {"path": "pictures", "scale": "unit"},
         "model": {"name": "realnvp", "width": 4, "channels": "auto", "image_size": "auto"},
         "objective": {"name": "likelihood", "shape": [1, 32, 32]},
+        "shapes": {"nll": (4,), "bits_per_dim": (4,)},
+    },
+    **{
+        f"{name}-autoregression": {
+            "data": EIGHTHS,
+            "model": {"name": name, "levels": 16, "channels": "auto", **arguments},
+            "objective": {"name": "autoregression", "shape": [1, 8, 8], "levels": 16, **condition},
+            "shapes": {"nll": (4,), "bits_per_dim": (4,)},
+        }
+        for name, arguments, condition in (
+            ("pixel_cnn", {"width": 8, "depth": 2, "num_classes": "auto"}, {"num_classes": 10}),
+            ("row_lstm", {"width": 8, "depth": 1}, {}),
+            ("pixel_transformer", {"dim": 16, "depth": 1, "image_size": 8, "dropout": 0.1}, {}),
+        )
+    },
+    "pixel_cnn-mlp-autoregression": {
+        "data": EIGHTHS,
+        "model": {
+            "model": {
+                "model": {"name": "pixel_cnn", "levels": 16, "width": 8, "context_dim": 4},
+                "encoder": {"name": "mlp", "in_features": 64, "num_outputs": 4, "width": 16},
+            }
+        },
+        "objective": {
+            "name": "autoregression",
+            "shape": [1, 8, 8],
+            "levels": 16,
+            "context": "upper_half",
+        },
         "shapes": {"nll": (4,), "bits_per_dim": (4,)},
     },
 }

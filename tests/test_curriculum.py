@@ -58,6 +58,7 @@ PLAYERS_OF = {
         "vae_table-vae_conv_decoder",
     ],
     "likelihood": ["nice", "realnvp"],
+    "autoregression": ["pixel_cnn", "row_lstm", "pixel_transformer", "pixel_cnn-mlp"],
 }
 """The models that give what an objective takes: a vector a picture, logits a token, a picture and its score."""
 

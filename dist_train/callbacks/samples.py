@@ -10,16 +10,21 @@ import torch
 from dist_train import randomness
 from dist_train.callbacks import Callback
 from dist_train.errors import UserError
+from dist_train.objectives import Objective
 from dist_train.pictures.png import save_grid
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_train.networks import Networks
     from dist_train.trainer import Trainer
 
 __all__ = ["Samples", "save_grid"]
 
 
 class Samples(Callback):
-    """Draw `count` samples from the same noise each time, into `samples/` and the row of the step.
+    """Draw `count` samples from the same noise each time, into `samples/` and the row of the step. Where the objective
+    completes images, also those of the first evaluation batch.
 
     Args:
         every: how often, as "1 epoch"; also at the end.
@@ -45,9 +50,18 @@ class Samples(Callback):
         randomness.reseed(run.seed, 0, randomness.EVALUATION, 0)
         with torch.no_grad():
             drawn = run.objective.samples(networks, self.count, run.world.device)
+            drawn = drawn | _completions(run, networks)
         if not drawn and run.world.is_main:
             logging.getLogger(__name__).warning(
                 "callbacks.samples: %s has no samples to draw", type(run.objective).__name__
             )
         for name, images in drawn.items():
             run.images(name, images)
+
+
+def _completions(run: Trainer, networks: Networks) -> dict[str, Tensor]:
+    """Of this rank's first evaluation batch; rank 0's, which is written, is that of any number of ranks."""
+    if run.evaluation is None or type(run.objective).completions is Objective.completions:
+        return {}
+    micro = next(iter(run.evaluation)).to(run.world.device)
+    return run.objective.completions(networks, micro)

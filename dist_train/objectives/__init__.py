@@ -91,6 +91,10 @@ class Objective(ABC):
         """Images (N, C, H, W) in [0, 1] to look at, drawn from the default generator; empty when there are none."""
         return {}
 
+    def completions(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
+        """Images as `samples` gives them, that go on from those of an evaluation batch; empty when there are none."""
+        return {}
+
     def continue_tokens(
         self,
         networks: Networks,
