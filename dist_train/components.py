@@ -41,6 +41,8 @@ CATALOGUE: dict[str, dict[str, str]] = {
         "mlp_discriminator": "dist_train.models.gan_mlp:MLPDiscriminator",
         "dcgan_generator": "dist_train.models.dcgan:DCGANGenerator",
         "dcgan_discriminator": "dist_train.models.dcgan:DCGANDiscriminator",
+        "biggan_generator": "dist_train.models.biggan:BigGANGenerator",
+        "biggan_discriminator": "dist_train.models.biggan:BigGANDiscriminator",
         "translator": "dist_train.models.cyclegan:Translator",
         "patch_discriminator": "dist_train.models.cyclegan:PatchDiscriminator",
         "nice": "dist_train.models.flow:NICE",

@@ -63,11 +63,16 @@ class MLPDiscriminator(nn.Module):
 
 def joined(x: Tensor, label: Tensor | None, num_classes: int) -> Tensor:
     """x (B, D, ...) with the label (B,) beside it, one-hot: (B, D + K, ...), the same at every position."""
-    if (label is None) != (num_classes == 0):
-        given = "no label" if label is None else "a label"
-        raise ValueError(f"num_classes is {num_classes}, but the network was given {given}")
+    check_label(label, num_classes)
     if label is None:
         return x
     one_hot = F.one_hot(label, num_classes).to(x.dtype)  # (B, K)
     one_hot = one_hot.view(len(x), num_classes, *[1] * (x.ndim - 2))
     return torch.cat([x, one_hot.expand(-1, -1, *x.shape[2:])], dim=1)
+
+
+def check_label(label: Tensor | None, num_classes: int) -> None:
+    """ValueError: a network with classes was given no label, or one without classes was given one."""
+    if (label is None) != (num_classes == 0):
+        given = "no label" if label is None else "a label"
+        raise ValueError(f"num_classes is {num_classes}, but the network was given {given}")

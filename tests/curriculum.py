@@ -227,6 +227,28 @@ CASES: dict[str, dict[str, Any]] = {
         "callbacks": {"clip_weights": {"bound": 0.5, "players": ["discriminator"]}},
         "shapes": {"generated": (4, 1, 32, 32)},
     },
+    "biggan_generator-biggan_discriminator-gan": {
+        "data": {"path": "pictures", "scale": "signed"},
+        "model": {
+            "generator": {
+                "name": "biggan_generator",
+                "latent_dim": 8,
+                "width": 4,
+                "embedding": 4,
+                **LABELLED,
+            },
+            "discriminator": {"name": "biggan_discriminator", "width": 4, **LABELLED},
+        },
+        "objective": {
+            "name": "gan",
+            "loss": "hinge",
+            "latent_dim": 8,
+            "orthogonal": 1e-2,
+            "num_classes": 10,
+        },
+        "callbacks": {"ema": {"players": ["generator"], "decay": 0.9}},
+        "shapes": {"generated": (4, 1, 32, 32)},
+    },
     "translator-patch_discriminator-cyclegan": {
         "data": {
             "a": {"path": "pictures", "scale": "signed"},
@@ -465,15 +487,28 @@ def _learns(recipe: Recipe, folder: Path, case: str) -> dict[str, Any]:
 def together(data: str, folder: str) -> dict[str, Any]:
     """Of two ranks under ZeRO-2: the largest step-locked difference of a loss and of a gradient from one process."""
     world = World.join(group=True)
-    found = {}
-    for case in CASES:
-        here = Path(folder) / case
-        recipe = recipe_of(case, data, strategy=strategy("zero2")).set("callbacks.checkpoint", None)
-        with parity.trainer_of(recipe, world, here / "locked") as trainer:
-            differences = parity.step_locked(trainer, here / "reference", STEPS)
-        found[case] = {
-            kind: max((pair[0], name) for name, pair in differences.items() if f"/{kind}/" in name)
-            for kind in ("samples", "loss", "gradient")
-        }
+    found = {
+        case: _locked(world, data, case, "zero2", Path(folder) / case, STEPS) for case in CASES
+    }
     world.leave()
     return found
+
+
+def under(data: str, folder: str, case: str, strategies: list[str]) -> dict[str, Any]:
+    """Of one case the same under each of these strategies, at its first state."""
+    world = World.join(group=True)
+    found = {name: _locked(world, data, case, name, Path(folder), 1) for name in strategies}
+    world.leave()
+    return found
+
+
+def _locked(
+    world: World, data: str, case: str, name: str, folder: Path, steps: int
+) -> dict[str, Any]:
+    recipe = recipe_of(case, data, strategy=strategy(name)).set("callbacks.checkpoint", None)
+    with parity.trainer_of(recipe, world, folder / f"locked-{name}") as trainer:
+        differences = parity.step_locked(trainer, folder / "reference", steps)
+    return {
+        kind: max((pair[0], entry) for entry, pair in differences.items() if f"/{kind}/" in entry)
+        for kind in ("samples", "loss", "gradient")
+    }

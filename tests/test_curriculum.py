@@ -49,7 +49,11 @@ PLAYERS_OF = {
     ],
     "translation": curriculum.TRANSLATORS,
     "wgan_gp": ["conv_generator-conv_critic"],
-    "gan": ["mlp_generator-mlp_discriminator", "dcgan_generator-dcgan_discriminator"],
+    "gan": [
+        "mlp_generator-mlp_discriminator",
+        "dcgan_generator-dcgan_discriminator",
+        "biggan_generator-biggan_discriminator",
+    ],
     "cyclegan": ["translator-patch_discriminator"],
     "reconstruction": ["autoencoder", "conv_autoencoder"],
     "elbo": [

@@ -34,6 +34,8 @@ class Odd(nn.Module):
         self.spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3))
         self.orthogonal, self.norm = nn.Linear(20, 20), nn.BatchNorm2d(8)
         nn.init.orthogonal_(self.orthogonal.weight)
+        self.wide = nn.Linear(12, 5)
+        nn.init.orthogonal_(self.wide.weight)  # which transposes in place
         self.attention = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 2)
         self.register_buffer("places", torch.arange(10)[None] * torch.tensor([0.5]))
         rates = [rate.item() for rate in torch.linspace(0, 0.3, 3)]

@@ -141,7 +141,8 @@ class Deferred(TorchDispatchMode):
             arguments = tree_map(_kept, (args, kwargs))
             for storage in {_storage(tensor) for tensor in touched}:
                 self._changes.setdefault(storage, []).append(len(self._operations))
-            self._operations.append(Operation(func, arguments, outputs, generator, state))
+            kept = [_kept(output) for output in outputs]
+            self._operations.append(Operation(func, arguments, kept, generator, state))
         return results
 
     def release(self, network: nn.Module, device: str) -> None:
@@ -253,8 +254,10 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _kept(value: Any) -> Any:
-    """A tensor that is there may change before the operation is repeated."""
-    return value.clone() if isinstance(value, Tensor) and not _is_fake(value) else value
+    """As it is now: before the operation is repeated a tensor that is there may change, a fake one its shape (`t_`)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach() if _is_fake(value) else value.clone()
 
 
 def _is_fake(value: Any) -> bool:

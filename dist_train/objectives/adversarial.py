@@ -100,8 +100,11 @@ class Adversarial(Objective, ABC):
 
     def _fake(self, networks: Networks, like: Tensor, label: tuple[Tensor, ...]) -> Tensor:
         """As many images as `like` (B, ...) has rows."""
-        noise = torch.randn(len(like), self.latent_dim, device=like.device)
-        return networks.generator(noise, *label)
+        return networks.generator(self._noise(like), *label)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        """z (B, latent_dim) for `like` (B, ...)."""
+        return torch.randn(len(like), self.latent_dim, device=like.device)
 
     def evaluate(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
         fake = self._fake(networks, micro["image"], self._label(micro))

@@ -23,6 +23,9 @@ class GAN(Adversarial):
 
     Args:
         loss: minimax, non_saturating, least_squares, wasserstein or hinge.
+        orthogonal: the generator also minimises this times the orthogonal term of its weights (Brock et al. 2019,
+            arXiv:1809.11096, eq. 3), which `generator(z, label, True)` gives beside the image (0-d). The shares of the
+            micro-batches add up to 1, so it acts once a turn, on any number of ranks.
         latent_dim, num_classes, judge: see `Adversarial`.
     """
 
@@ -33,6 +36,7 @@ class GAN(Adversarial):
         loss: str = "non_saturating",
         latent_dim: int = 64,
         discriminator_steps: int = 1,
+        orthogonal: float = 0.0,
         num_classes: int = 0,
         judge: str | None = None,
         root: Path | None = None,
@@ -44,6 +48,9 @@ class GAN(Adversarial):
             )
         if discriminator_steps < 1:
             raise UserError(f"discriminator_steps: got {discriminator_steps}, expected 1 or more")
+        if orthogonal < 0:
+            raise UserError(f"orthogonal: got {orthogonal}, expected 0 (none) or more")
+        self.orthogonal = orthogonal
         self.discriminator_steps = discriminator_steps
         self._of_both, self._of_fake = LOSSES[loss]
 
@@ -57,9 +64,7 @@ class GAN(Adversarial):
         real, label = micro["image"], self._label(micro)
         noise = scalars.get("instance_noise", 0.0)
         if turn.player == "generator":
-            fake = self._fake(networks, real, label)
-            loss = self._of_fake(networks.discriminator(_noisy(fake, noise), *label))
-            return loss, {"loss": loss.detach()}
+            return self._generator(networks, real, label, noise)
         with torch.no_grad():
             fake = self._fake(networks, real, label)
         on_real = networks.discriminator(_noisy(real, noise), *label)
@@ -70,6 +75,18 @@ class GAN(Adversarial):
             "score_real": on_real.detach().mean(),
             "score_fake": on_fake.detach().mean(),
         }
+
+    def _generator(
+        self, networks: Networks, real: Tensor, label: tuple[Tensor, ...], noise: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.orthogonal:
+            fake = self._fake(networks, real, label)
+            loss = self._of_fake(networks.discriminator(_noisy(fake, noise), *label))
+            return loss, {"loss": loss.detach()}
+        fake, term = networks.generator(self._noise(real), *(label or (None,)), True)
+        loss = self._of_fake(networks.discriminator(_noisy(fake, noise), *label))
+        loss = loss + self.orthogonal * term
+        return loss, {"loss": loss.detach(), "orthogonal": term.detach()}
 
 
 def _noisy(image: Tensor, deviation: float) -> Tensor:
