@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ LABELS = torch.tensor([2, 0, 2, 1, 3])
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def one_thread() -> Iterator[None]:
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("width", "size", "parts"), [(4, 32, 4), (8, 16, 3)])
@@ -262,7 +267,7 @@ def test_two_ranks_are_one_where_weights_are_whole_and_where_they_are_cut(
     with parity.trainer_of(recipe, World(), tmp_path / "reference") as trainer:
         parity.write_reference(trainer, 1)
     strategies = ["ddp", "zero3"]
-    found = spawn_ranks(2, curriculum.under, data, str(tmp_path), case, strategies, timeout=100)[0]
+    found = spawn_ranks(2, curriculum.under, data, str(tmp_path), case, strategies, timeout=250)[0]
     print(found)
     for name in strategies:
         assert found[name]["loss"][0] <= 1e-6
