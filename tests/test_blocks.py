@@ -65,6 +65,11 @@ def test_blocks_are_found_by_pattern_or_repetition() -> None:
     ]
     with pytest.raises(UserError, match=r"no module is called 'block\.0'.*did you mean 'blocks.0'"):
         blocks.chosen({"net": net}, ["block.0"], "here")
+    with pytest.raises(UserError, match=r"'blocks' is a list, .* name its members: 'blocks\.\*'"):
+        blocks.chosen({"net": net}, ["blocks"], "here")
+    of_lists = nn.ModuleList(nn.ModuleList(cases.Blocks().blocks) for _ in range(2))
+    inner = [block for part in of_lists for block in part]
+    assert blocks.separable_blocks(nn.ModuleDict({"net": of_lists})) == inner
     with pytest.raises(UserError, match="no block is repeated"):
         blocks.repeated_blocks({"net": nn.Linear(2, 2)}, "here")
 

@@ -63,11 +63,12 @@ def test_a_planted_bug_is_found_and_named(found: dict[str, Any], bug: str, fsdp2
 
 
 def test_one_process_that_draws_for_itself_does_not_repeat_itself(found: dict[str, Any]) -> None:
-    floor = verdict.judge_floor(found["one"]["unseeded"]["floor"])
-    assert not verdict.summary(floor, 1)["passed"]
+    repeat = verdict.judge_repeat(found["one"]["unseeded"]["repeat"])
+    assert not verdict.summary(repeat, 1)["passed"]
     for model in ("resnet", "transformer"):
-        floor = verdict.judge_floor(found["one"][model]["floor"])
-        assert verdict.summary(floor, 1)["passed"], model
+        repeat = verdict.judge_repeat(found["one"][model]["repeat"])
+        assert verdict.summary(repeat, 1)["passed"], model
+        assert verdict.summary(verdict.judge_floor(found["one"][model]["floor"]), 1)["passed"]
 
 
 def test_the_bound_follows_the_floor() -> None:
@@ -113,10 +114,10 @@ def test_the_command_proves_a_recipe_with_parts_of_its_own(
     result = json.loads(capsys.readouterr().out)
     assert result["passed"] and result["steps"] == 3
     names = [row["run"] for row in result["rows"]]
-    assert names[1:6] == ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
-    assert names[6:] == ["killed, resumed (zero1)", "killed, resumed (zero1 to zero2)"]
-    assert [row["verdict"] for row in result["rows"]] == ["pass"] * 8
-    assert all(row["worst"]["gradient"]["difference"] <= 1e-6 for row in result["rows"][:5])
+    assert names[2:7] == ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+    assert names[7:] == ["killed, resumed (zero1)", "killed, resumed (zero1 to zero2)"]
+    assert [row["verdict"] for row in result["rows"]] == ["pass"] * 9
+    assert all(row["worst"]["gradient"]["difference"] <= 1e-6 for row in result["rows"][:6])
 
 
 def test_the_command_ends_in_1_where_a_recipe_hides_state(
@@ -128,7 +129,7 @@ def test_the_command_ends_in_1_where_a_recipe_hides_state(
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert main(["verify", str(tmp_path / "recipe.yaml"), "--steps", "2"]) == 1
     out = capsys.readouterr().out
-    assert "one process: the floor: first to differ: loss of step 0, model" in out
+    assert "one process, again: first to differ: loss of step 0, model" in out
     assert "a generator of the model's own" in out
     assert "is in no checkpoint" in out
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_train.errors import UserError, nearest
 
+LISTS = (nn.ModuleList, nn.ModuleDict)
 CUDA_GRAPHS = "triton.cudagraphs"
 """torch.compile's option."""
 LARGE_BYTES = 2**20
@@ -29,7 +30,7 @@ def chosen(
 ) -> dict[str, list[nn.Module]]:
     """{network: its modules whose names match a pattern like `blocks.*`, none inside another}.
 
-    Raises UserError for a pattern that matches in no network.
+    Raises UserError for a pattern that matches in no network, or a list of modules, which nobody calls.
     """
     names = {key: [n for n, _ in network.named_modules() if n] for key, network in networks.items()}
     every = list(dict.fromkeys(name for those in names.values() for name in those))
@@ -39,10 +40,17 @@ def chosen(
                 f"{where}: no module is called '{pattern}'{nearest(pattern, every)}"
                 f" (there are {', '.join(every[:8])}{', ...' if len(every) > 8 else ''})"
             )
-    return {
+    found = {
         key: _outermost(network, [n for p in patterns for n in fnmatch.filter(names[key], p)])
         for key, network in networks.items()
     }
+    for key, modules in found.items():
+        for name, module in networks[key].named_modules():
+            if isinstance(module, LISTS) and module in modules:
+                raise UserError(
+                    f"{where}: '{name}' is a list, which is never called; name its members: '{name}.*'"
+                )
+    return found
 
 
 def repeated_blocks(networks: Mapping[str, nn.Module], where: str) -> dict[str, list[nn.Module]]:
@@ -61,7 +69,11 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def _block_names(network: nn.Module) -> list[str]:
-    members = {name: child for name, child in _members(network).items() if list(child.children())}
+    members = {
+        name: child
+        for name, child in _members(network).items()
+        if list(child.children()) and not isinstance(child, LISTS)
+    }
     kinds = [type(child) for child in members.values()]
     return [name for name, child in members.items() if kinds.count(type(child)) > 1]
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 from dist_train.errors import nearest
 from dist_train.settings import short
 
-
 BRANCHES = ("bool", "int", "float", "literal")
 """What pydantic adds to the place of a mistake in a field of several types."""
 

@@ -76,10 +76,13 @@ def verify(
     bare = _bare(recipe, ranks)
     chosen = _strategies(recipe)
     with tempfile.TemporaryDirectory(prefix="dist-train-verify-") as scratch:
-        report(f"one process: {steps} steps, then again in another order of summing")
+        report(f"one process: {steps} steps, then again, then in another order of summing")
         (one,) = start_ranks(1, rank.reference, _plain(bare), scratch, steps)
         steps, floor = one["steps"], one["floor"]
-        rows = [_row("one process: the floor", 1, verdict.judge_floor(floor))]
+        rows = [
+            _row("one process, again", 1, verdict.judge_repeat(one["repeat"])),
+            _row("one process: the floor", 1, verdict.judge_floor(floor)),
+        ]
         report(f"{ranks} ranks: {', '.join(chosen)}")
         losses = one["losses"]
         found = start_ranks(ranks, rank.strategies, _plain(bare), scratch, steps, losses, chosen)[0]

@@ -177,12 +177,18 @@ def go_to(trainer: Trainer, state: checkpoint.Reader) -> None:
     trainer.callbacks.by_name = everyone
 
 
-def step_locked(trainer: Trainer, reference: Path, steps: int) -> Differences:
-    """From each reference state take one step, and compare all that it computes and leaves (collective)."""
+def step_locked(
+    trainer: Trainer, reference: Path, steps: int, *, backwards: bool = False
+) -> Differences:
+    """From each reference state take one step, and compare all that it computes and leaves (collective).
+
+    Args:
+        backwards: whether to begin with the last state, so that what a model keeps to itself is not as it was.
+    """
     found: Differences = {}
     kept = Gradients()
     watch(trainer, kept)
-    for step in range(steps):
+    for step in sorted(range(steps), reverse=backwards):
         before = state_at(reference, step)
         go_to(trainer, before)
         trainer.train(until=step + 1)
@@ -197,7 +203,7 @@ def step_locked(trainer: Trainer, reference: Path, steps: int) -> Differences:
         found |= _largest(trainer.world.gather(mine))
         found |= _state_differences(trainer, f"{step}", before, state_at(reference, step + 1))
     del trainer.callbacks.by_name["Gradients"]
-    return found
+    return dict(sorted(found.items(), key=lambda entry: int(entry[0].partition("/")[0])))
 
 
 def free_running(trainer: Trainer, reference: Path, steps: int, losses: list[float]) -> Differences:

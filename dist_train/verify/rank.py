@@ -17,12 +17,15 @@ Plain = tuple[dict[str, Any], str, Path]
 
 
 def reference(plain: Plain, folder: str, steps: int) -> dict[str, Any]:
-    """One process, all micro-batches accumulated: its states, and how far it is from itself but for rounding."""
+    """One process, all micro-batches accumulated: its states, how far it is from itself when it does the same again
+    (`repeat`), and when it only rounds otherwise (`floor`)."""
     recipe, world, here = _restored(plain).set("strategy", "single"), World.join(), Path(folder)
     with parity.trainer_of(recipe, world, here / "reference") as trainer:
         steps = min(steps, trainer.total_steps)
         losses = parity.write_reference(trainer, steps)
         steps = trainer.step
+    with parity.trainer_of(recipe, world, here / "repeat") as trainer:
+        repeat = parity.step_locked(trainer, here / "reference", steps, backwards=True)
     with parity.trainer_of(recipe, world, here / "floor", "reversed") as trainer:
         parity.watch(trainer, parity.Rounded())
         floor = parity.free_running(trainer, here / "reference", steps, losses)
@@ -32,6 +35,7 @@ def reference(plain: Plain, folder: str, steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "losses": losses,
+        "repeat": repeat,
         "floor": floor,
         "nondeterministic": operations,
         "device": world.device,

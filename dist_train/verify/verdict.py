@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ EXACT = ("samples", "start")
 LEAST = {"loss": 1e-6, "gradient": 1e-6, "state": 1e-4, "free loss": 2e-6, "free weights": 2e-6}
 """Bounds where ten times the floor is less: the rounding of fp32 sums, with room."""
 CEILING = 1e-5
-"""A floor of a loss or gradient above this is no rounding: the process does not repeat itself."""
+"""A loss or gradient that differs by more when one process does the same again shows that it does not repeat itself;
+and of a floor above this, no more than this is trusted."""
 ALIKE = 1e-3
 """Factors closer than this, relative to their size, are the same factor."""
 
@@ -67,12 +68,21 @@ def judge(found: Differences, floor: Differences) -> list[Judged]:
     return judged
 
 
+def judge_repeat(repeat: Differences) -> list[Judged]:
+    """One process that does the same again: that it repeats itself is what every other bound stands on."""
+    return _judge_alone(repeat, {"loss": CEILING, "gradient": CEILING})
+
+
 def judge_floor(floor: Differences) -> list[Judged]:
-    """One process against itself: that it repeats itself is what every other bound stands on."""
-    bounds = dict.fromkeys(EXACT, 0.0) | {"loss": CEILING, "gradient": CEILING}
+    """One process that only rounds otherwise: it starts from the same, and how far that leads is a measurement."""
+    return _judge_alone(floor, {})
+
+
+def _judge_alone(found: Differences, bounds: Mapping[str, float]) -> list[Judged]:
+    bounds = {**dict.fromkeys(EXACT, 0.0), **bounds}
     return [
         Judged(*_split(name), difference, factor, difference, bounds.get(_split(name)[1], math.inf))
-        for name, (difference, factor) in floor.items()
+        for name, (difference, factor) in found.items()
     ]
 
 
