@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ from dist_train.models.pixel_rnn import RowLSTM
 from dist_train.models.pixel_transformer import PixelTransformer
 from dist_train.networks import Networks
 from dist_train.objectives.autoregression import Autoregression, draw_after
+from dist_train.recipe import Recipe
+from dist_train.run import train
+from dist_train.run_directory import RunDirectory
+from dist_train.sample_quality import label_agreement
 
 SIDE = 5
 
@@ -295,6 +300,57 @@ def test_ignoring_the_condition_costs_the_bit_that_it_tells(name: str) -> None:
     torch.manual_seed(0)
     drawn = told.samples(Networks({"model": model}), 20, "cpu")["samples"]
     assert (drawn[0::2, :, :, :2].mean() > 0.95) and (drawn[1::2, :, :, :2].mean() < 0.05)
+
+
+def which_half(image: Tensor) -> tuple[Tensor, Tensor]:
+    """A judge of the toy set: features, and the class whose half is the whiter."""
+    halves = torch.stack([image[..., :2].flatten(1).mean(1), image[..., 2:].flatten(1).mean(1)], 1)
+    return halves, halves.argmax(1)
+
+
+def test_a_judge_sees_a_sample_of_each_images_class() -> None:
+    torch.manual_seed(0)
+    micro = class_images()
+    objective = Autoregression([1, 4, 4], levels=2, num_classes=2)
+    objective._judge = which_half  # type: ignore[assignment]
+    networks = {"model": MODELS["row_lstm"](4, levels=2, num_classes=2)}
+    before = objective.evaluate(Networks(networks), micro)
+    assert before["features"].shape == before["real_features"].shape == (4, 2)
+    assert torch.equal(before["real_class"], micro["label"])
+    fitted(objective, networks, micro)
+    agreement = [
+        label_agreement(objective.evaluate(Networks(networks), micro), micro).mean().item()
+        for _ in range(5)
+    ]
+    assert agreement == [1.0] * 5
+
+
+def test_a_run_draws_samples_and_completions(tiny_data: Path, tmp_path: Path) -> None:
+    """The first evaluation batch's; the grids are the same when the run is looked at again."""
+    recipe = Recipe(
+        project="tests",
+        duration="2 steps",
+        strategy="single",
+        threads=1,
+        data={
+            "path": str(tiny_data / "digits"),
+            "global_batch": 8,
+            "micro_batch": 8,
+            "scale": "unit",
+        },
+        model={"name": "pixel_cnn", "levels": 2, "width": 4, "depth": 1, "channels": "auto"},
+        objective={"name": "autoregression", "shape": [1, 8, 8], "levels": 2},
+        optimizer={"name": "adam", "learning_rate": 1e-2},
+        evaluate={"split": "test", "every": "2 steps", "metrics": ["bits_per_dim"]},
+        callbacks={"samples": {"every": "2 steps", "count": 4}},
+    )
+    grids = []
+    for name in ("one", "two"):
+        train(recipe, run_dir=tmp_path / name)
+        row = RunDirectory.open(tmp_path / name).rows()[-1]
+        assert set(row["images"]) == {"samples", "completions"}
+        grids.append([(tmp_path / name / file).read_bytes() for file in row["images"].values()])
+    assert grids[0] == grids[1]
 
 
 @pytest.mark.parametrize("context", ["image", "upper_half"])
