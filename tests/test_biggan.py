@@ -228,6 +228,9 @@ def test_the_generator_minimises_the_hinge_loss_and_the_term() -> None:
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-5)
     with pytest.raises(UserError, match="orthogonal: got -1"):
         GAN(orthogonal=-1)
+    alone = Networks({"generator": lambda z, label: z, "discriminator": discriminator})
+    with pytest.raises(UserError, match="leave orthogonal out for a generator that gives"):
+        objective.loss(Turn("generator", 1), alone, micro, {})
 
 
 def test_a_step_reaches_every_weight_and_takes_the_orthogonal_term_down() -> None:

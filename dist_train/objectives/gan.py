@@ -83,10 +83,21 @@ class GAN(Adversarial):
             fake = self._fake(networks, real, label)
             loss = self._of_fake(networks.discriminator(_noisy(fake, noise), *label))
             return loss, {"loss": loss.detach()}
-        fake, term = networks.generator(self._noise(real), *(label or (None,)), True)
+        fake, term = self._fake_with_term(networks, real, label)
         loss = self._of_fake(networks.discriminator(_noisy(fake, noise), *label))
         loss = loss + self.orthogonal * term
         return loss, {"loss": loss.detach(), "orthogonal": term.detach()}
+
+    def _fake_with_term(
+        self, networks: Networks, like: Tensor, label: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            return networks.generator(self._noise(like), *(label or (None,)), True)
+        except TypeError as error:
+            raise UserError(
+                "objective.orthogonal: asks for generator(z, label, True) -> image and term, which failed:"
+                f" {error}; leave orthogonal out for a generator that gives the image alone"
+            ) from error
 
 
 def _noisy(image: Tensor, deviation: float) -> Tensor:
