@@ -53,6 +53,7 @@ ADAM = {"name": "adam", "learning_rate": 3e-3}
 SIZES = {"channels": "auto", "image_size": "auto"}
 LABELLED = {**SIZES, "num_classes": "auto"}
 TRANSLATOR = {"name": "translator", "width": 2, "blocks": 1, "channels": "auto"}
+HALVED = [{"name": "resize", "size": 16}]
 PATCHES = {"name": "patch_discriminator", "width": 2, "channels": "auto"}
 
 RIVALS = ("generator", "discriminators")
@@ -228,26 +229,36 @@ CASES: dict[str, dict[str, Any]] = {
         "shapes": {"generated": (4, 1, 32, 32)},
     },
     "biggan_generator-biggan_discriminator-gan": {
-        "data": {"path": "pictures", "scale": "signed"},
+        "data": {
+            "path": "pictures",
+            "scale": "signed",
+            "transforms": {"train": HALVED, "evaluate": HALVED},
+        },
         "model": {
             "generator": {
                 "name": "biggan_generator",
-                "latent_dim": 8,
+                "latent_dim": 6,
                 "width": 4,
                 "embedding": 4,
                 **LABELLED,
+                "image_size": 16,
             },
-            "discriminator": {"name": "biggan_discriminator", "width": 4, **LABELLED},
+            "discriminator": {
+                "name": "biggan_discriminator",
+                "width": 4,
+                **LABELLED,
+                "image_size": 16,
+            },
         },
         "objective": {
             "name": "gan",
             "loss": "hinge",
-            "latent_dim": 8,
+            "latent_dim": 6,
             "orthogonal": 1e-2,
             "num_classes": 10,
         },
         "callbacks": {"ema": {"players": ["generator"], "decay": 0.9}},
-        "shapes": {"generated": (4, 1, 32, 32)},
+        "shapes": {"generated": (4, 1, 16, 16)},
     },
     "translator-patch_discriminator-cyclegan": {
         "data": {
