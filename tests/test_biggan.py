@@ -269,7 +269,7 @@ def test_two_ranks_are_one_where_weights_are_whole_and_where_they_are_cut(
     recipe = curriculum.recipe_of(case, data, strategy="single").set("callbacks.checkpoint", None)
     with parity.trainer_of(recipe, World(), tmp_path / "reference") as trainer:
         parity.write_reference(trainer, 1)
-    strategies = ["ddp", "zero3"]
+    strategies = ["ddp", "zero3", "fsdp2"]
     found = spawn_ranks(2, curriculum.under, data, str(tmp_path), case, strategies, timeout=250)[0]
     print(found)
     for name in strategies:
