@@ -189,9 +189,10 @@ def resolve(kind: str, name: str, where: str = "") -> Any:
     target = CATALOGUE[kind].get(name)
     if target is None:
         if ":" not in name:
+            meant = nearest(name, CATALOGUE[kind])
+            known = "" if meant else f"there are {', '.join(sorted(CATALOGUE[kind]))}, "
             raise UserError(
-                f"{where}: no {kind} is called '{name}'{nearest(name, CATALOGUE[kind])}"
-                f" (there are {', '.join(sorted(CATALOGUE[kind]))}, or package.module:Name)"
+                f"{where}: no {kind} is called '{name}'{meant} ({known}or package.module:Name)"
             )
         target = name
     module_name, _, attribute = target.partition(":")
