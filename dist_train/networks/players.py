@@ -94,10 +94,11 @@ def _compile(
         raise UserError(
             "compile: not together with activation_checkpointing; choose one of the two"
         )
+    cuda_graphs = recipe.compile == "cuda_graphs"
     found = (
-        {name: [module] for name, module in by_name.items()}
-        if recipe.compile is True or recipe.compile == "cuda_graphs"
-        else chosen(by_name, recipe.compile or [], "compile")
+        chosen(by_name, recipe.compile, "compile")
+        if isinstance(recipe.compile, list)
+        else {name: [module] for name, module in by_name.items()}
     )
     for player, modules in networks.items():
         wanted = [module for name in modules for module in found[name]]
@@ -106,7 +107,7 @@ def _compile(
                 f"compile: the gradients of '{player}' are given, from a double backward, which torch.compile has not"
             )
         strategy = recipe.strategies[player]["name"]
-        if recipe.compile == "cuda_graphs" and strategy not in ("single", "ddp"):
+        if cuda_graphs and strategy not in ("single", "ddp"):
             raise UserError(
                 f"compile: cuda_graphs read weights always from the same memory, and {strategy} gathers them;"
                 " choose single or ddp, or compile: true"
@@ -116,4 +117,4 @@ def _compile(
                 "compile: zero3 gathers weights in hooks, which torch.compile cannot trace; choose zero2 or ddp"
             )
         for module in wanted:
-            compile_forward(module, cuda_graphs=recipe.compile == "cuda_graphs")
+            compile_forward(module, cuda_graphs)
