@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dist_train.models.pixel_cnn import (
+from dist_train.models.recurrent import State as Memory
+from dist_train.models.recurrent import lstm_step
+from dist_train.models.subpixels import (
     MaskedConvolution,
     State,
     bias_of,
@@ -22,8 +24,6 @@ from dist_train.models.pixel_cnn import (
     place_of,
     vector_of,
 )
-from dist_train.models.recurrent import State as Memory
-from dist_train.models.recurrent import lstm_step
 
 
 class RowLSTMLayer(nn.Module):

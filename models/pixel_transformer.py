@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dist_train.models.pixel_cnn import State, numbers_of_condition, vector_of
+from dist_train.models.subpixels import State, numbers_of_condition, vector_of
 from dist_train.models.transformer import Block, check_arguments, draw
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from dist_train.errors import UserError
 from dist_train.models.mlp import MLP
-from dist_train.models.pixel_cnn import MaskedConvolution, PixelCNN
+from dist_train.models.pixel_cnn import PixelCNN
 from dist_train.models.pixel_rnn import RowLSTM
 from dist_train.models.pixel_transformer import PixelTransformer
+from dist_train.models.subpixels import MaskedConvolution
 from dist_train.networks import Networks
 from dist_train.objectives.autoregression import Autoregression, draw_after
 from dist_train.recipe import Recipe

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.errors import UserError, nearest
-from dist_train.models.pixel_cnn import place_of
+from dist_train.models.subpixels import place_of
 from dist_train.networks import Networks
 from dist_train.objectives import Objective, Turn
 from dist_train.objectives.judge import Judge
