@@ -1,6 +1,7 @@
 """What models of one sub-pixel after the other share: their order, masked convolutions, conditions.
 
-van den Oord et al. 2016, arXiv:1601.06759 and 1606.05328. Sub-pixels come row by row, in a row from left to right, in a pixel R, then G, then B; each sees those before it.
+van den Oord et al. 2016, arXiv:1601.06759 and 1606.05328. Sub-pixels come row by row, in a row from left to right,
+in a pixel R, then G, then B; each sees those before it.
 Shapes: B samples, V levels, C channels, images H x W, w maps, K numbers of a condition.
 """
 
