@@ -6,6 +6,8 @@ import gc
 import os
 import sys
 from collections import Counter
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     pack_tiny_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes that have none of this one's threads and locks, from the fork server that ranks come from."""
+    from dist_train.ranks import warm_up
+
+    warm_up()
+    return get_context("forkserver")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

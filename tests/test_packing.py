@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import signal
 import tarfile
@@ -106,14 +105,13 @@ def pack_and_die(at: int, out: Path, told: Path) -> None:
     told.write_text(str(count))
 
 
-def test_a_kill_at_any_file_operation_loses_nothing(tmp_path: Path) -> None:
+def test_a_kill_at_any_file_operation_loses_nothing(tmp_path: Path, processes) -> None:
     """Killed at each of some file operations, then run again: the bytes are those of the unbroken pack."""
     write_shards(tmp_path / "whole", "set", rows(), shard_size=7)
     whole = contents(tmp_path / "whole")
 
     def run(at: int, out: Path) -> int | None:
-        fork = multiprocessing.get_context("fork")  # 3 s of imports less than a new process
-        process = fork.Process(target=pack_and_die, args=(at, out, tmp_path / "told"))
+        process = processes.Process(target=pack_and_die, args=(at, out, tmp_path / "told"))
         process.start()
         process.join(120)
         return process.exitcode
@@ -141,7 +139,7 @@ def test_finished_shards_are_not_written_again(tmp_path: Path) -> None:
             yield "train", key, {**fields, "cls": 2 if i == change else fields["cls"]}
 
     with pytest.raises(Broken):
-        write_shards(tmp_path / "out", "set", breaks(40), shard_size=10, workers=1)
+        write_shards(tmp_path / "out", "set", breaks(59), shard_size=10, workers=1)
     kept = tmp_path / ".out.packing"
     times = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.tar")}
     assert len(times) >= 3
@@ -156,22 +154,21 @@ def test_finished_shards_are_not_written_again(tmp_path: Path) -> None:
     assert not kept.exists()
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def pack(out: Path, told: Any) -> None:
+    try:
+        write_shards(out, "set", rows(), shard_size=7)
+        told.put("")
+    except UserError as error:
+        told.put(str(error))
+
+
+def test_one_process_at_a_time(tmp_path: Path, processes) -> None:
     """A second process waits for the first, and then finds the folder full."""
-    fork = multiprocessing.get_context("fork")
-    told = fork.SimpleQueue()
-
-    def pack() -> None:
-        try:
-            write_shards(tmp_path / "out", "set", rows(), shard_size=7)
-            told.put("")
-        except UserError as error:
-            told.put(str(error))
-
-    both = [fork.Process(target=pack) for _ in range(2)]
+    told = processes.Queue()
+    both = [processes.Process(target=pack, args=(tmp_path / "out", told)) for _ in range(2)]
     for process in both:
         process.start()
-    said = sorted(told.get() for _ in both)
+    said = sorted(told.get(timeout=120) for _ in both)
     for process in both:
         process.join(120)
     assert said[0] == "" and "exists already and is not an empty folder" in said[1]

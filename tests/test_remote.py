@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -198,16 +197,16 @@ def _read(server_address: str, cache: Cache, ids: list[int]) -> None:
     assert pictures(shards, np.array(ids)) == ids
 
 
-def test_the_processes_of_a_node_share_one_download(server, tmp_path) -> None:
+def test_the_processes_of_a_node_share_one_download(server, tmp_path, processes) -> None:
     cache = Cache(tmp_path / "cache", 1 << 30, HASTE)
     server.faults = {f"set-train-{n:06d}.tar": ["slow"] for n in range(10)}
-    spawn = get_context("fork")
-    processes = [
-        spawn.Process(target=_read, args=(server.address, cache, list(range(60)))) for _ in range(3)
+    readers = [
+        processes.Process(target=_read, args=(server.address, cache, list(range(60))))
+        for _ in range(3)
     ]
-    for process in processes:
+    for process in readers:
         process.start()
-    for process in processes:
+    for process in readers:
         process.join(60)
         assert process.exitcode == 0
     tars = {name: count for name, count in server.asked.items() if name.endswith(".tar")}

@@ -1,8 +1,8 @@
 """Mixtures, several named streams and bootstraps as recipes have them: exact on any ranks, from any step."""
 
 import json
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,19 +97,26 @@ def test_a_recipe_leaves_out_what_is_damaged(tmp_path: Path, caplog) -> None:
         recipe(tmp_path, path="s3://bucket/set", on_damage="skip")
 
 
-def test_one_process_of_many_makes_the_index(tmp_path: Path) -> None:
+def test_one_process_of_many_makes_the_index(tmp_path: Path, processes) -> None:
     write(tmp_path / "set", 40, 0)
     path = min((tmp_path / "set").glob("set-train-*.tar"))
     path.write_bytes(path.read_bytes()[:2048])
-    with get_context("fork").Pool(4) as pool:
-        prints = pool.map(_first_look, [tmp_path / "set"] * 8, chunksize=1)
-    assert len(set(prints)) == 1 and check(tmp_path / "set") == []
+    told = processes.Queue()
+    looking = [
+        processes.Process(target=_first_look, args=(tmp_path / "set", told)) for _ in range(4)
+    ]
+    for process in looking:
+        process.start()
+    prints = {told.get(timeout=120) for _ in looking}
+    for process in looking:
+        process.join(120)
+    assert len(prints) == 1 and check(tmp_path / "set") == []
 
 
-def _first_look(folder: Path) -> str:
+def _first_look(folder: Path, told: Any) -> None:
     index = Index.load(folder, on_damage="skip")
     Shards(folder, "train", index).columns(("image",), np.arange(index.samples("train")))
-    return index.fingerprint
+    told.put(index.fingerprint)
 
 
 FORMS = {
