@@ -74,10 +74,11 @@ def folder_of(row: Row, runs: Path, seed: int = 0) -> Path:
 
 
 def train(row: Row, folder: Path, seed: int, runs: Path) -> None:
-    """Train one row anew and read its test split; note how busy the machine was."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Train one row anew and read its test split; note how busy the machine was. Until then the run before stays."""
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
     command = [sys.executable, "-m", "dist_train", "train", row.recipe, "--ranks", str(row.ranks)]
-    command += ["--run-dir", str(folder), "--set", "threads=1", "--set", f"seed={seed}"]
+    command += ["--run-dir", str(new), "--set", "threads=1", "--set", f"seed={seed}"]
     for setting in row.settings:
         command += ["--set", setting]
     for key, name in (("weights.from", row.trunk), ("objective.judge", row.judge)):
@@ -86,10 +87,12 @@ def train(row: Row, folder: Path, seed: int, runs: Path) -> None:
             command += ["--set", f"{key}={folder_of(source, runs)}"]
     load = os.getloadavg()[0]
     subprocess.run(command, check=True, cwd=ROOT)
-    (folder / "load.txt").write_text(f"{load:.1f}")
-    command = [sys.executable, "-m", "dist_train", "evaluate", str(folder), "--split", "test"]
+    (new / "load.txt").write_text(f"{load:.1f}")
+    command = [sys.executable, "-m", "dist_train", "evaluate", str(new), "--split", "test"]
     found = subprocess.run([*command, "--json"], check=True, cwd=ROOT, capture_output=True)
-    (folder / "test.json").write_bytes(found.stdout)
+    (new / "test.json").write_bytes(found.stdout)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def line(row: Row, folders: list[Path]) -> str:
