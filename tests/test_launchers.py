@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import cases
 import pytest
-from slurm_cluster import wait_for
+from slurm_cluster import processes_of, wait_for
 
 from dist_train.recipe import Recipe
 from dist_train.run import train
@@ -101,21 +100,14 @@ def test_no_rank_outlives_torchrun(ours: tuple[Path, Path], tmp_path: Path) -> N
     words = [str(ours[0]), "--run-dir", str(tmp_path / "run"), "--set", "duration=100000 steps"]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen([*LAUNCHERS["torchrun"], "train", *words], env=environ)
-    rows = tmp_path / "run" / "metrics.jsonl"
-
-    def ranks() -> int:
-        lines = Path("/proc").glob("[0-9]*/cmdline")
-        with contextlib.suppress(OSError):
-            return sum(str(rows.parent).encode() in path.read_bytes() for path in lines)
-        return -1  # one has ended meanwhile
-
+    run_dir = tmp_path / "run"
     try:
-        wait_for(rows.exists, "a first row")
-        assert ranks() >= 3
+        wait_for((run_dir / "metrics.jsonl").exists, "a first row")
+        assert len(processes_of(run_dir)) >= 3
     finally:
         torchrun.kill()
         torchrun.wait()
-    wait_for(lambda: ranks() == 0, "the end of all ranks", 30)
+    wait_for(lambda: not processes_of(run_dir), "the end of all ranks", 30)
 
 
 def test_a_script_needs_no_main_guard() -> None:

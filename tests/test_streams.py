@@ -1,7 +1,9 @@
 """Mixtures, several named streams and bootstraps as recipes have them: exact on any ranks, from any step."""
 
+import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -190,11 +192,14 @@ def test_named_streams_have_orders_of_their_own(root: Path) -> None:
 def test_a_slow_source_is_shown_and_said(root: Path, tmp_path: Path, monkeypatch, caplog) -> None:
     """X34: the share of time that the steps waited is in every row, and a warning tells what to raise."""
     (tmp_path / "slow.py").write_text(
-        "import time\n\nclass Slow:\n    def __call__(self, sample, rng):\n"
-        "        time.sleep(0.02)\n        return sample\n"
+        "now = 0.0\n\nclass Slow:\n    def __call__(self, sample, rng):\n"
+        "        global now\n        now += 20.0\n        return sample\n"
     )
-    monkeypatch.setattr("dist_train.callbacks.journal.SLOW_AFTER", 0.0)
     monkeypatch.syspath_prepend(tmp_path)
+    slow = importlib.import_module("slow")
+    clock = SimpleNamespace(perf_counter=lambda: slow.now)  # nothing else takes time
+    monkeypatch.setattr("dist_train.heartbeat.time", clock)
+    monkeypatch.setattr("dist_train.callbacks.journal.time", clock)
     settings = recipe(
         root, path=str(root / "large"), transforms={"train": [{"name": "slow:Slow"}]}
     ).as_dict()
@@ -203,11 +208,11 @@ def test_a_slow_source_is_shown_and_said(root: Path, tmp_path: Path, monkeypatch
         "model": {"name": "mlp", "in_features": 16, "num_outputs": 3},
     }
     del settings["evaluate"]
-    slow = Recipe.restore(settings, "test", tmp_path)
+    plan = Recipe.restore(settings, "test", tmp_path)
     with caplog.at_level("WARNING", "dist_train"):
-        run = tiny_run(slow, tmp_path / "run", steps=4)
+        run = tiny_run(plan, tmp_path / "run", steps=4)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["data_wait"] > 0.5 for row in rows if "data_wait" in row)
+    assert [row["data_wait"] for row in rows] == [1.0] * 4
     said = [record.message for record in caplog.records if "waiting for data" in record.message]
     assert len(said) == 1 and "raise data.workers (now 0)" in said[0]
 

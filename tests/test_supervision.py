@@ -93,7 +93,7 @@ def test_nothing_outlives_the_launcher_nor_a_rank(
     finally:
         launched.kill()
         launched.wait()
-    wait_for(lambda: not alive(tmp_path), f"the end of {alive(tmp_path)}", 5)
+    wait_for(lambda: not alive(tmp_path), f"the end of {alive(tmp_path)}", 60)
 
 
 def failing(data: Path, once: bool) -> Recipe:

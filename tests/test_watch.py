@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -17,7 +20,6 @@ from slurm_cluster import SEARCHED, wait_for
 
 from dist_train import run, watch
 from dist_train.callbacks.stragglers import straggler
-from dist_train.heartbeat import Heartbeat
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import RankFailed, assert_same_run, spawn_ranks
 
@@ -185,33 +187,64 @@ def test_who_is_at_fault(stuck: Any, size: int, ranks: list[int], clause: str) -
     assert text.startswith(clause)
 
 
-def test_a_save_that_writes_is_left_alone(tmp_path: Path) -> None:
-    directory = RunDirectory.create_at(tmp_path / "run")
-    (directory.path / "watch").mkdir()
-    heart = Heartbeat()
-    with heart.watched(directory.path, 0, 1, 0.5), (tmp_path / "tensors").open("wb", 0) as file:
-        heart.enter("save")
-        for _ in range(8):
-            file.seek(0)
-            file.write(bytes(16 << 20))
-            signal.sigtimedwait([signal.SIGUSR1], 0.2)
-    assert not (directory.logs / "hang.txt").exists()
+class Found(Exception):
+    """The watcher would end its rank."""
 
 
-def test_a_watched_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, life: Iterator[object]) -> None:
+    """Watch this process with a limit of 5 s, by a clock that moves on by the watcher's poll each time that it looks:
+    between two looks the rank lives on to its next `yield`. Raises Found if the watcher loses its patience."""
+    (tmp_path / "watch").mkdir()
+    now = 0.0
+
+    def look(_: object, __: object, ___: object, poll: float) -> tuple[list[object], ...]:
+        nonlocal now
+        now += poll
+        ended = next(life, life) is life
+        return ([sys.stdin] if ended else [], [], [])
+
+    def found(*_: object) -> None:
+        raise Found
+
+    monkeypatch.setattr(watch, "select", SimpleNamespace(select=look))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(watch, "_is_stopped", found)
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    watch.watch(tmp_path, 0, 1, 5.0)
+
+
+def beat(folder: Path, phase: str, number: int) -> None:
+    place = watch.PHASES.index(phase)
+    (folder / "watch" / "rank-0").write_bytes(watch.RECORD.pack(0, place, number))
+
+
+@pytest.mark.parametrize(("bytes_a_second", "found"), [(16 << 20, False), (1 << 20, True)])
+def test_a_save_that_writes_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_a_second: int, found: bool
+) -> None:
+    def saves() -> Iterator[object]:
+        beat(tmp_path, "save", 1)
+        with (tmp_path / "tensors").open("wb", 0) as file:
+            for _ in range(20):  # of half a second
+                file.seek(0)
+                yield file.write(bytes(bytes_a_second // 2))
+
+    with pytest.raises(Found) if found else contextlib.nullcontext():
+        watched(tmp_path, monkeypatch, saves())
+
+
+@pytest.mark.parametrize(
+    ("beats", "phase", "found"),
+    [(True, "evaluate", False), (False, "evaluate", True), (False, "start", False)],
+)
+def test_a_watched_rank_that_moves_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool, phase: str, found: bool
+) -> None:
     """Also where it takes longer than the limit in all, and where nothing is expected of it."""
-    directory = RunDirectory.create_at(tmp_path / "run")
-    (directory.path / "watch").mkdir()
-    heart, late = Heartbeat(), []
-    before = signal.signal(signal.SIGALRM, lambda *_: late.append(True))
-    try:
-        with heart.watched(directory.path, 0, 1, 0.5):
-            for _ in range(4):
-                heart.enter("evaluate")
-                signal.sigtimedwait([signal.SIGUSR1], 0.25)
-            heart.enter("start")
-            signal.sigtimedwait([signal.SIGUSR1], 1.0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert not late and not (directory.logs / "hang.txt").exists()
-    assert heart.spent["evaluate"] > 0.9 and heart.spent["start"] > 0.9
+
+    def lives() -> Iterator[object]:
+        for second in range(20):
+            yield beat(tmp_path, phase, second if beats else 1)
+
+    with pytest.raises(Found) if found else contextlib.nullcontext():
+        watched(tmp_path, monkeypatch, lives())
