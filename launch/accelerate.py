@@ -102,9 +102,11 @@ def main(run_dir: str) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     while True:
         process = subprocess.Popen(command, cwd=job.run_dir, preexec_fn=die_with_parent)
+        told = False
         while (code := process.poll()) is None:
-            if asked:
-                process.terminate()  # accelerate hands it on to the ranks, which save
+            if asked and not told:  # accelerate hands it on to the ranks, which save; a second one
+                process.terminate()  # would make it leave at once, and take them with it
+                told = True
             time.sleep(0.2)
         if asked and code:
             code = REQUEUE

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
 import pytest
 
 from dist_train.errors import UserError
+from dist_train.launch import accelerate
 from dist_train.launch.accelerate import adopt
+from dist_train.launch.backend import Job
+from dist_train.launch.spec import Spec
 from dist_train.recipe import Recipe
 
 CONFIGS = Path(__file__).parents[1] / "launch" / "accelerate_configs"
@@ -173,3 +179,34 @@ def test_the_ready_configurations_say_their_name(tiny_data: Path, name: str) -> 
         assert (config.distributed_type == "DEEPSPEED") == (name != "ddp")
         environ = zero(stage)
     assert adopt(recipe(tiny_data), environ).strategies["model"]["name"] == name
+
+
+def test_who_cancels_is_heard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's agent gives the ranks half a minute to save, but at a second SIGTERM it leaves, and they die with it."""
+    told: list[str] = []
+
+    class Saving:
+        """A launcher that is told to end, and takes its time."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.looks = 0
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            if self.looks == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return None if self.looks < 9 else 1
+
+        def terminate(self) -> None:
+            told.append("SIGTERM")
+
+    (tmp_path / "logs").mkdir()
+    Job(Spec(on="accelerate"), "tiny", tmp_path, tmp_path).write()
+    monkeypatch.setattr(accelerate.subprocess, "Popen", Saving)
+    monkeypatch.setattr(accelerate, "time", SimpleNamespace(sleep=lambda _: None))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert accelerate.main(str(tmp_path)) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == ["SIGTERM"]
