@@ -20,7 +20,7 @@ from dist_train.errors import CheckpointError, Interrupted, UserError
 from dist_train.forecast import auto
 from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
-from dist_train.recipe.checks import check_shard_degrees
+from dist_train.recipe.checks import check_same_run, check_shard_degrees
 from dist_train.restarts import begin_to_count, may_restart
 from dist_train.run_directory import RUNS, RunDirectory, environment
 from dist_train.strategies import AUTO, SHARDED
@@ -29,9 +29,6 @@ from dist_train.world import COLLECTIVE_TIMEOUT, World, pin_threads
 
 if TYPE_CHECKING:
     from torch import nn
-
-SPREAD = ("strategy", "placement", "threads", "workers", "prefetch", "watch", "launch")
-"""Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
 def train(
@@ -244,35 +241,12 @@ def _directory(recipe: Recipe, world: World, options: Options) -> RunDirectory:
             path = RunDirectory.create(RUNS, recipe.project, recipe.name).path
         elif resume is not None and (Path(run_dir) / "recipe.yaml").exists():
             path = RunDirectory.open(run_dir).path
-            _same_recipe(recipe, Recipe.load(path), path)
+            check_same_run(recipe, Recipe.load(path), path)
         elif resume is not None and resume != "auto":
             raise UserError(f"--resume {resume}: is no run directory (it has no recipe.yaml)")
         else:
             path = RunDirectory.create_at(run_dir).path
     return RunDirectory(Path(world.agree(str(path.resolve()) if path else None)))
-
-
-def _same_recipe(new: Recipe, old: Recipe, path: Path) -> None:
-    """A run goes on under its own recipe; only how it is spread may change."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v
-            for key, part in value.items()
-            for k, v in flat(part, f"{prefix}.{key}".strip(".")).items()
-        }
-
-    before, after = flat(old.as_dict()), flat(new.as_dict())
-    for key in sorted(set(before) | set(after)):
-        spread = bool({key.split(".")[0], key.split(".")[-1]} & set(SPREAD))
-        spread = spread or key.startswith("data.cache.")
-        if before.get(key) != after.get(key) and not spread:
-            raise UserError(
-                f"--resume: {key} is {after.get(key)!r}, but {path} was begun with {before.get(key)!r};"
-                " a run goes on under its own recipe (start a new one to change it)"
-            )
 
 
 def begin(trainer: Trainer, resume: str | None) -> None:

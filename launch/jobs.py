@@ -14,6 +14,7 @@ from dist_train.launch.preflight import check_directory, check_recipe, check_roo
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import make_spec
 from dist_train.recipe import Recipe
+from dist_train.recipe.checks import check_same_run
 from dist_train.restarts import begin_to_count
 from dist_train.run_directory import RUNS, RunDirectory, write_file
 
@@ -27,7 +28,6 @@ class Prepared:
     recipe: Recipe
     job: Job
     backend: Backend
-    again: bool
 
     def describe(self) -> dict[str, Any]:
         """What `submit` would write."""
@@ -37,15 +37,12 @@ class Prepared:
     def submit(self) -> dict[str, str]:
         """Write recipe, code, script and record into the run directory, and hand the job over."""
         job = self.job
-        if not self.again:
-            RunDirectory.create_at(job.run_dir)
-            write_file(job.run_dir / "recipe.yaml", self.recipe.to_yaml().encode())
+        for path, recipe in recipes(self.recipe, job).items():
+            if not (path / "recipe.yaml").is_file():
+                RunDirectory.create_at(path)
+            write_file(path / "recipe.yaml", recipe.to_yaml().encode())
         if job.code is not None and not job.code.exists():
             take_snapshot(self.recipe, job.code)
-        for number, member in zip(job.spec.members, members(self.recipe, job), strict=True):
-            if not job.member(number).exists():
-                RunDirectory.create_at(job.member(number))
-                write_file(job.member(number) / "recipe.yaml", member.to_yaml().encode())
         for path, content in self.backend.render(job).items():
             write_file(job.run_dir / path, content.encode())
         for run_dir in job.run_dirs:
@@ -88,13 +85,16 @@ def prepare(
                 f"{run_dir}: is {state} as {before.spec.on} job {before.id}; cancel it first"
             )
         job.project_root = before.project_root
+    for path, one in recipes(recipe, job).items():
+        if (path / "recipe.yaml").is_file():
+            check_same_run(one, Recipe.load(path), path)
     check_directory(run_dir)
     for member in members(recipe, job) or [recipe]:
         check_recipe(member, spec, dry_run=dry_run)
     if not dry_run and not again:
         check_room(members(recipe, job) or [recipe], spec, run_dir)
     chosen.check(job, dry_run)
-    return Prepared(recipe, job, chosen, again)
+    return Prepared(recipe, job, chosen)
 
 
 _EVERYWHERE = {"on", "profile", "gpu", "env", "max_restarts"}
@@ -109,6 +109,15 @@ def members(recipe: Recipe, job: Job) -> list[Recipe]:
             member = member.set(key, values[position])
         made.append(member)
     return made
+
+
+def recipes(recipe: Recipe, job: Job) -> dict[Path, Recipe]:
+    """The recipe of each directory that holds one: the job's own, and those of an array's members."""
+    of_members = {
+        job.member(number): member
+        for number, member in zip(job.spec.members, members(recipe, job), strict=True)
+    }
+    return {job.run_dir: recipe} | of_members
 
 
 def find(run: str) -> Job:

@@ -158,7 +158,7 @@ def logs(
 
 
 def cancel(run: Run, as_json: Json = False) -> None:
-    """Let a launched run save and end; `launch RUN_DIR` goes on with it."""
+    """Let a launched run save and end; `launch RUN_DIR --run-dir RUN_DIR` goes on with it."""
     from dist_train.launch import jobs
 
     answer(as_json, lambda: jobs.cancel(run))

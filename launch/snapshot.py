@@ -31,11 +31,13 @@ def has_own_parts(recipe: Recipe) -> bool:
 def take_snapshot(recipe: Recipe, code: Path) -> None:
     """Copy dist-train, and the recipe's project where the recipe uses parts of it, to `code/` and `code/project/`.
 
-    Raises UserError when they hold more than MAX_BYTES.
+    It is whole or not there. Raises UserError when they hold more than MAX_BYTES.
     """
-    folders = {code / "dist_train": Path(dist_train.__file__).parent}
+    part = code.with_name(f".{code.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    folders = {part / "dist_train": Path(dist_train.__file__).parent}
     if has_own_parts(recipe):
-        folders[code / "project"] = recipe.root
+        folders[part / "project"] = recipe.root
     for target, source in folders.items():
         files = list(_files(source, _ignored(source)))
         size = sum(file.stat().st_size for file in files)
@@ -50,6 +52,7 @@ def take_snapshot(recipe: Recipe, code: Path) -> None:
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
+    part.rename(code)
 
 
 def _ignored(source: Path) -> tuple[str, ...]:

@@ -343,7 +343,7 @@ def test_a_changed_recipe_is_refused(tiny_data: Path, half: Path, key: str, valu
         train(short(tiny_data).set(key, value), run_dir=half, resume="auto")
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith(f"--resume: {key}")
+    assert message.startswith(key) and "was begun with" in message
     after = (half / "recipe.yaml").read_bytes(), checkpoint.weights_digest(half)
     assert after == before
 

@@ -19,7 +19,7 @@ from dist_train.errors import UserError
 from dist_train.forecast.footprint import RESERVED, rank_memory
 from dist_train.forecast.hardware import DEVICES
 from dist_train.forecast.tracing import foresee
-from dist_train.launch.backend import BACKENDS
+from dist_train.launch.backend import BACKENDS, Backend, Job, Status
 from dist_train.launch.jobs import members, prepare
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import Spec, make_spec
@@ -158,6 +158,38 @@ def test_what_cannot_fit_is_refused_with_what_would(
         prepare(recipe, {"gpu": "h10"}, tmp_path / "run", dry_run=True)
 
 
+class Nowhere(Backend):
+    """Takes every job, and forgets it."""
+
+    def check(self, job: Job, dry_run: bool) -> None: ...
+
+    def render(self, job: Job) -> dict[str, str]:
+        return {}
+
+    def submit(self, job: Job) -> str:
+        return "1"
+
+    def status(self, job: Job) -> Status:
+        return Status("done")
+
+    def cancel(self, job: Job) -> None: ...
+
+
+def test_a_run_goes_on_under_its_own_recipe(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would change the run is refused; how it is spread may change, and does."""
+    monkeypatch.setattr("dist_train.launch.jobs.backend", lambda name: Nowhere())
+    monkeypatch.setattr("dist_train.launch.jobs.take_snapshot", lambda recipe, code: None)
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="ddp")
+    run_dir = tmp_path / "run"
+    prepare(recipe, {}, run_dir).submit()
+    with pytest.raises(UserError, match=r"^seed is 99, but .*run was begun with 7;"):
+        prepare(recipe.set("seed", 99), {}, run_dir, dry_run=True)
+    prepare(recipe.set("strategy", "zero2"), {}, run_dir).submit()
+    assert Recipe.load(run_dir).strategies == {"model": {"name": "zero2"}}
+
+
 def test_a_dry_run_needs_no_torch(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(cases.tiny_recipe("resnet", tiny_data).to_yaml())
     code = (
@@ -197,6 +229,25 @@ def test_too_much_for_a_snapshot_is_refused(
     monkeypatch.setattr("dist_train.launch.snapshot.MAX_BYTES", 1000)
     with pytest.raises(UserError, match="expected at most 1,000"):
         take_snapshot(cases.tiny_recipe("resnet", tmp_path), tmp_path / "code")
+
+
+def test_a_snapshot_that_was_refused_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was copied before nothing is left, or ranks would run half of the code."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "mine.py").write_text("1")
+    (project / "large.bin").write_bytes(bytes(64 << 20))
+    settings = cases.tiny_recipe("resnet", tmp_path).set("model.name", "mine:Net").as_dict()
+    recipe = Recipe.restore(settings, "recipe", project)
+    with pytest.raises(UserError, match=r"the largest is .*large\.bin"):
+        take_snapshot(recipe, tmp_path / "code")
+    assert not (tmp_path / "code").exists()
+    (project / ".gitignore").write_text("*.bin\n")
+    take_snapshot(recipe, tmp_path / "code")
+    assert (tmp_path / "code" / "project" / "mine.py").is_file()
+    assert (tmp_path / "code" / "dist_train" / "run.py").is_file()
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

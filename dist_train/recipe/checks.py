@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
@@ -23,6 +24,8 @@ SHARDED_WEIGHTS = ("zero3", "fsdp2")
 """Strategies under which a layer's weights are gathered when it is called."""
 WHOLE_TENSORS = ("adafactor", "muon")
 """Optimisers whose update of an element depends on the rest of its tensor."""
+SPREAD = ("strategy", "placement", "threads", "workers", "prefetch", "watch", "launch")
+"""Settings that change how a run is spread, never what it computes: a resume may change them."""
 
 
 def check_networks(model: dict[str, Any]) -> None:
@@ -251,3 +254,26 @@ def _type_name(hint: Any) -> str:
         words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         return words.get(hint, hint.__name__)
     return re.sub(r"\b\w+\.", "", str(hint))
+
+
+def check_same_run(new: Recipe, old: Recipe, path: Path) -> None:
+    """A run goes on under its own recipe; only how it is spread may change. `path` is the run's directory."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v
+            for key, part in value.items()
+            for k, v in flat(part, f"{prefix}.{key}".strip(".")).items()
+        }
+
+    before, after = flat(old.as_dict()), flat(new.as_dict())
+    for key in sorted(set(before) | set(after)):
+        spread = bool({key.split(".")[0], key.split(".")[-1]} & set(SPREAD))
+        spread = spread or key.startswith("data.cache.")
+        if before.get(key) != after.get(key) and not spread:
+            raise UserError(
+                f"{key} is {after.get(key)!r}, but {path} was begun with {before.get(key)!r};"
+                " a run goes on under its own recipe (start a new one to change it)"
+            )
