@@ -132,9 +132,11 @@ def find(run: str) -> Job:
     if fitting:
         names = ", ".join(sorted(path.name for path in fitting))
         raise UserError(f"{run}: expected one launched run, there are {names}")
+    if not there:
+        raise UserError(f"{run}: no run directory, and no run in {RUNS}/ was started by `launch`")
     raise UserError(
         f"{run}: no launched run of this name in {RUNS}/, expected one of"
-        f" {', '.join(sorted(there)) or 'none'}, or a run directory{nearest(run, there)}"
+        f" {', '.join(sorted(there))}, or a run directory{nearest(run, there)}"
     )
 
 

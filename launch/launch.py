@@ -207,6 +207,8 @@ def _show_files(result: dict[str, Any]) -> None:
 
 
 def _show_statuses(found: dict[str, dict[str, str]]) -> None:
+    if not found:
+        typer.echo("no run in runs/ was started by `launch`", err=True)
     width = max(map(len, found), default=0)
     for name, state in found.items():
         typer.echo(f"{name:<{width}}  {state['on']:<10} {state['state']:<11} {state['detail']}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 
 from dist_train.launch.cli import main
@@ -118,6 +119,26 @@ def test_print_recipe_resolves_without_training(tmp_path, capfd):
     assert read_yaml(printed, "printed") == expected
     assert as_json(capfd, "train", "resnet-mnist", "--set", "seed=7", "--print-recipe") == expected
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_under_zero_without_a_launcher(tiny_data, tmp_path):
+    """One process, none of the variables that a launcher sets: what a newcomer types first."""
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="zero1", duration="4 steps")
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml())
+    places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    environ = {key: value for key, value in os.environ.items() if key not in places}
+    command = [sys.executable, "-m", "dist_train", "train", "tiny.yaml", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 4
+
+
+def test_no_run_was_launched(capfd):
+    assert as_json(capfd, "status") == {}
+    assert main(["status"]) == 0
+    assert capfd.readouterr().err == "no run in runs/ was started by `launch`\n"
+    assert main(["logs", "mine"]) == 2
+    assert "mine: no run directory" in capfd.readouterr().err
 
 
 def test_list(capfd):

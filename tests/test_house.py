@@ -86,6 +86,41 @@ def test_links_are_relative_and_right(room):
     assert link.resolve() == ROOT / room
 
 
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
+
+
+@cache
+def links(page: Path) -> list[tuple[Path, str]]:
+    """(the file or folder, the heading or "") of every link of a page that stays within the clone."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    found = [target.partition("#") for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    return [
+        ((page.parent / path).resolve() if path else page, heading)
+        for path, _, heading in found
+        if not path.startswith("http")
+    ]
+
+
+def headings(page: Path) -> set[str]:
+    """What a page's headings are called in links, by the rules of GitHub."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_of_pages_lead_somewhere(page):
+    for target, heading in links(page):
+        assert target.exists(), f"{target.relative_to(ROOT)} is not there"
+        assert not heading or heading in headings(target), f"{name_of(target)} has no #{heading}"
+
+
+def test_every_page_and_picture_can_be_found():
+    linked = {target for page in PAGES for target, _ in links(page)}
+    linked |= {file for folder in linked if folder.is_dir() for file in folder.iterdir()}
+    shown = {*ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/images/*")}
+    assert sorted(map(name_of, shown - linked)) == []
+
+
 @pytest.mark.parametrize("path", python_files("models"), ids=name_of)
 def test_models_import_torch_and_models_only(path):
     for name in imports(path):

@@ -49,8 +49,9 @@ class ZeroEngine(Engine):
             world.broadcast_(buffer.data)
         optimizer = make(groups(list(self.trained.items())))
         optimizer.register_step_pre_hook(self._clamp_owned_gradients)
-        if world.device != "cpu":  # it takes this for the GPU's index, which ranks may share
-            os.environ["LOCAL_RANK"] = str(torch.device(world.device).index)
+        # it takes LOCAL_RANK for the GPU's index, which ranks may share, and cannot do without on a CPU either
+        gpu = torch.device(world.device).index
+        os.environ["LOCAL_RANK"] = str(world.local_rank if gpu is None else gpu)
         config = configuration(stage, strategy, 1 if given else micro_batches)
         if stage == 3:
             self._make_slices(config)
