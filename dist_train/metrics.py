@@ -75,8 +75,17 @@ class Metric:
 
     @torch.no_grad()
     def update(self, outputs: Mapping[str, Tensor], micro: Rows) -> None:
-        """Add one micro-batch. Raises UserError if the metric returns none of the three kinds."""
-        result = self._measure(outputs, micro)
+        """Add one micro-batch. Raises UserError if the metric returns none of the three kinds, or needs what the
+        objective does not give."""
+        try:
+            result = self._measure(outputs, micro)
+        except KeyError as error:
+            if error.args[0] in outputs:
+                raise
+            raise UserError(
+                f"metric {self.name}: needs '{error.args[0]}' of the evaluation, which this objective does not give"
+                f" (it gives {', '.join(outputs)})"
+            ) from error
         self._is_mean = not isinstance(result, Sums)
         if isinstance(result, Sums):
             sums = result.values.double()
@@ -305,11 +314,6 @@ class OfEachRow:
     name: str
 
     def __call__(self, outputs: Mapping[str, Tensor], micro: Rows) -> Tensor:
-        if self.name not in outputs:
-            raise UserError(
-                f"metric {self.name}: this objective, with its likelihood, has none"
-                f" (it has {', '.join(outputs)})"
-            )
         return outputs[self.name]
 
 

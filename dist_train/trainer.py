@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_train import checkpoint, evaluation, state
-from dist_train.callbacks import Callbacks
+from dist_train.callbacks import Callback, Callbacks
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.duration import Every
 from dist_train.engine import Engine, Slice
@@ -130,6 +130,11 @@ class Trainer:
                 f"callbacks: there is no '{name}'{nearest(name, names)} (there are {', '.join(names)})"
             )
         return self.callbacks.by_name[name]
+
+    def check_weights(self, name: str) -> None:
+        """UserError unless `name` is "live" or that of a callback that keeps weights."""
+        if name != "live" and type(self.callback(name)).weights is Callback.weights:
+            raise UserError(f"weights: got '{name}', expected 'live' or a callback that averages")
 
     def full_weights(self, player: str) -> dict[str, Tensor]:
         """Weights and buffers of a player by name, whole, right under any strategy (collective)."""

@@ -241,6 +241,19 @@ def test_the_best_is_never_deleted(
     assert kept(tiny_data, tmp_path / "run", every="1 step", keep=1) == [4, 10]
 
 
+def test_a_damaged_one_displaces_none(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on from before a damaged checkpoint keeps what it saves on its way there."""
+    monkeypatch.setattr(engine_cases.Planned, "values", (0.5, 0.3, 0.4, 0.35, 0.9))
+    run_dir, settings = tmp_path / "run", {"every": "1 step", "keep": 1}
+    assert kept(tiny_data, run_dir, **settings) == [4, 10]
+    (checkpoint.at(run_dir / "checkpoints", 10) / "index.json").unlink()
+    train(run_dir, run_dir=run_dir, resume="auto", until=6)
+    assert checkpoint.steps(run_dir / "checkpoints") == [4, 6, 10]
+    assert not checkpoint.problems(checkpoint.at(run_dir / "checkpoints", 6))
+
+
 def test_checkpoint_refuses_to_keep_none() -> None:
     with pytest.raises(UserError, match="keep must be at least 1, got 0"):
         CheckpointCallback(keep=0)
@@ -382,6 +395,12 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(tiny_data: Path, tmp_p
     assert_same_run(tmp_path / "plain", tmp_path / "fallen")
     rows = [row["step"] for row in cases.RunDirectory(tmp_path / "fallen").rows()]
     assert rows == [row["step"] for row in cases.RunDirectory(tmp_path / "plain").rows()]
+
+
+def test_weights_are_those_of_an_average(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = short(tiny_data).set("callbacks.samples", {"weights": "checkpoint"})
+    with pytest.raises(UserError, match="weights: got 'checkpoint', expected 'live' or a callback"):
+        train(recipe, run_dir=tmp_path / "run")
 
 
 def test_resume_by_path_needs_a_run(tiny_data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from dist_train.components import CATALOGUE, resolve
 from dist_train.errors import UserError
-from dist_train.metrics import Metric, accuracy, bits_per_byte, loss, perplexity
+from dist_train.metrics import (
+    Metric,
+    RootMeanSquaredError,
+    accuracy,
+    bits_per_byte,
+    loss,
+    perplexity,
+)
 
 
 class Micro:
@@ -101,6 +108,8 @@ def test_what_is_neither_rows_nor_a_pair_is_refused(result: object) -> None:
 
 
 def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match=r"metric rmse: needs 'target' .* \(it gives logits\)"):
+        Metric.wrap(RootMeanSquaredError, "rmse").update({"logits": torch.zeros(2, 2)}, Micro(2))
     with pytest.raises(UserError, match="expected a callable"):
         Metric.wrap(3, "three")
     with pytest.raises(UserError, match="nothing was counted"):

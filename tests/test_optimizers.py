@@ -5,6 +5,7 @@ Regularisation (F4) too: decay as the MAP gradient, what l1 makes sparse, what d
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dist_train.errors import UserError
 from dist_train.optimizers import adafactor, adagrad, adam, adamw, muon, rmsprop, sgd
 from dist_train.parameter_groups import assign, heed_groups, parameter_groups
+from dist_train.recipe.checks import check_optimizer
 from dist_train.recipe.sections import GroupSettings
 from dist_train.testing import spawn_ranks
 from dist_train.world import World, pin_threads
@@ -209,6 +211,34 @@ def test_parameter_groups_leave_out_the_empty() -> None:
     groups = parameter_groups(norm.named_parameters(), 0.1)
     assert [group["names"] for group in groups] == [["weight", "bias"]]
     assert parameter_groups([], 0.1) == []
+
+
+def of_torch(groups: Any, learning_rate: float, kind: str, **more: Any) -> torch.optim.Optimizer:
+    return getattr(torch.optim, kind)(groups, lr=learning_rate, **more)
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins_at_0"),
+    [
+        ({"kind": "RAdam"}, True),
+        ({"kind": "Adadelta"}, True),
+        ({"kind": "Adamax"}, True),
+        ({"kind": "SGD", "momentum": 0.9}, True),
+        ({"kind": "SGD", "momentum": 0.9, "dampening": 0.5}, False),
+        ({"kind": "NAdam"}, False),
+        ({"kind": "Rprop"}, False),
+        ({"kind": "ASGD"}, False),
+    ],
+    ids=str,
+)
+def test_the_state_of_ones_own_optimizer_begins_at_0(
+    settings: dict[str, Any], begins_at_0: bool
+) -> None:
+    """As `materialise` takes it to."""
+    spec = {"name": f"{__name__}:of_torch", "learning_rate": RATE} | settings
+    expected = pytest.raises(UserError, match=r"optimizer: the state of .* does not begin at 0")
+    with contextlib.nullcontext() if begins_at_0 else expected:
+        check_optimizer(spec, "optimizer")
 
 
 def test_betas_are_two() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
 import pytest
 from torch import Tensor
 
+from dist_train.callbacks.learning_rate_decay import LearningRateDecay
 from dist_train.errors import UserError
 from dist_train.objectives.classification import Classification
 from dist_train.run_directory import RunDirectory
@@ -111,6 +114,26 @@ def test_plateau_cuts_after_evaluations_without_a_new_best(tiny_data: Path, tmp_
     assert_same_run(whole, tiny_run(cut, tmp_path / "halves", steps=16, resume="auto"))
 
 
+def test_plateau_begins_with_the_first_number(tiny_data: Path) -> None:
+    """An evaluation that is not a number brings no new best, and hides none that follows."""
+    plateau = {"schedule": {"name": "plateau", "patience": 2}}
+    evaluate = {
+        "split": "test",
+        "every": "2 steps",
+        "metrics": ["loss"],
+        "best": "loss",
+        "mode": "min",
+    }
+    made = recipe(tiny_data).set("evaluate", evaluate)
+    callback = LearningRateDecay(**plateau)
+    run: Any = SimpleNamespace(recipe=made, evaluation_counts=True)
+    cuts = []
+    for loss in (math.nan, 3.0, 2.0, math.nan, 1.0, 1.5, 1.2):
+        callback.evaluated(run, {"loss": loss})
+        cuts.append(callback.cuts)
+    assert cuts == [0, 0, 0, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -121,6 +144,7 @@ def test_plateau_cuts_after_evaluations_without_a_new_best(tiny_data: Path, tmp_
         ({"scalar": "beta", "value": 1.0, "schedule": "cosin"}, "did you mean 'cosine'"),
         ({"scalar": "beta", "value": 1.0, "schedule": "plateau"}, "plateau needs evaluate.best"),
         ({"scalar": "beta", "value": 1.0, "warmup": "3"}, "'3 steps'|number and a unit"),
+        ({"scalar": "beta", "value": 1.0, "schedule": {"end": 0.1}}, "expected one with a name"),
     ],
 )
 def test_mistakes(tiny_data: Path, spec: dict[str, Any], message: str) -> None:

@@ -41,8 +41,9 @@ class CheckpointCallback(Callback):
 
     def _prune(self, run: Trainer, kept: set[int | None]) -> None:
         folder = run.directory.checkpoints
-        old = checkpoint.steps(folder)[: -self.keep]
-        for step in old:
+        # later ones are damaged: the run has gone on from before them
+        taken = [step for step in checkpoint.steps(folder) if step <= run.step]
+        for step in taken[: -self.keep]:
             if step not in kept and not checkpoint.problems(checkpoint.at(folder, run.step)):
                 doomed = folder / f".deleting-{step:08d}"
                 checkpoint.at(folder, step).rename(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_train.callbacks import Callback
+from dist_train.errors import UserError
 
 if TYPE_CHECKING:
     from dist_train.data_shards.loader import MicroBatch
@@ -28,6 +29,8 @@ class Confusion(Callback):
         self._counts: Tensor | None = None
 
     def evaluation_batch(self, run: Trainer, outputs: dict[str, Tensor], micro: MicroBatch) -> None:
+        if "logits" not in outputs:
+            raise UserError("callbacks.confusion: this objective tells no classes apart")
         logits, label = outputs["logits"][: micro.real], micro["label"][: micro.real]
         classes = logits.shape[1]
         pairs = label * classes + logits.argmax(dim=1)

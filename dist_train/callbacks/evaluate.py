@@ -19,8 +19,8 @@ class Evaluate(Callback):
     def __init__(self, every: str, best: str | None, mode: str, weights: str) -> None:
         self.every, self.best, self.mode, self.weights_of = every, best, mode, weights
 
-    def step_begins(self, run: Trainer) -> None:
-        self.improved = False
+    def run_begins(self, run: Trainer) -> None:
+        run.check_weights(self.weights_of)
 
     def step_ends(self, run: Trainer) -> None:
         if run.every(self.every) or run.is_last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,10 @@ class Scheduled(Callback, ABC):
         self.spec: dict[str, Any] = (
             {"name": schedule} if isinstance(schedule, str) else dict(schedule)
         )
+        if "name" not in self.spec:
+            raise UserError(f"schedule: got {schedule}, expected one with a name")
         self.warmup, self.where = warmup, where
-        self.watches = self.spec.get("name") == "plateau"
+        self.watches = self.spec["name"] == "plateau"
         self.best: float | None = None
         self.checks = self.cuts = 0
 
@@ -66,7 +69,8 @@ class Scheduled(Callback, ABC):
         section = run.recipe.evaluate
         assert section is not None and section.best is not None
         value, sign = results[section.best], 1 if section.mode == "max" else -1
-        if self.best is None or sign * value > sign * self.best:
+        is_best = self.best is None or sign * value > sign * self.best
+        if is_best and not math.isnan(value):
             self.best, self.checks = value, 0
             return
         self.checks += 1

@@ -21,11 +21,11 @@ from dist_train.recipe.checks import (
     check_every,
     check_members,
     check_networks,
+    check_optimizer,
     check_placement,
     check_players,
     check_types,
     check_weights,
-    one_parameter,
 )
 from dist_train.recipe.data import Data
 from dist_train.recipe.mistakes import explain
@@ -341,7 +341,7 @@ class Recipe(Section):
                 elif kind == "transform" and "statistics" not in components.arguments(part):
                     components.build(kind, spec, where)
                 elif kind == "optimizer":
-                    components.build(kind, spec, where, groups=one_parameter())
+                    check_optimizer(spec, where)
             objective = components.build("objective", self.objective, "objective", root=self.root)
             if sorted(objective.players) != sorted(self.players):
                 raise UserError(

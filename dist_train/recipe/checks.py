@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
+from dist_train import components
 from dist_train.duration import Duration, Every
 from dist_train.errors import UserError, nearest
 from dist_train.recipe.sections import as_spec
@@ -239,14 +240,31 @@ def check_types(part: Any, spec: Mapping[str, Any], where: str, auto: bool) -> N
             ) from None
 
 
-def one_parameter() -> list[dict[str, Any]]:
-    """The smallest thing to optimise, for an optimiser that only has to accept its arguments."""
+def check_optimizer(spec: Mapping[str, Any], where: str) -> None:
+    """Build an optimiser on one weight. Of one that is not ours the first steps must be the same whether its state is
+    there before them, as checkpoints need it, or not."""
     import torch
 
+    from dist_train.engine import materialise
     from dist_train.parameter_groups import ANY
 
-    weight = torch.nn.Parameter(torch.zeros(1))
-    return [{"params": [weight], "names": [ANY], "weight_decay": 0.0}]
+    ends = []
+    for prepare in (materialise, lambda optimizer: None):
+        weight = torch.nn.Parameter(torch.ones(1))
+        groups = [{"params": [weight], "names": [ANY], "weight_decay": 0.0}]
+        optimizer = components.build("optimizer", spec, where, groups=groups)
+        if spec["name"] in components.CATALOGUE["optimizer"]:
+            return
+        prepare(optimizer)
+        for _ in range(2):
+            weight.grad = torch.ones(1)
+            optimizer.step()
+        ends.append(float(weight.detach()))
+    if ends[0] != ends[1]:
+        raise UserError(
+            f"{where}: the state of {spec['name']} does not begin at 0; expected an optimiser whose state is tensors"
+            " that do, for a run begins from a state that can be saved"
+        )
 
 
 def _type_name(hint: Any) -> str:
