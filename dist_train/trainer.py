@@ -152,12 +152,14 @@ class Trainer:
         """Put a value that all ranks agree on into this step's row."""
         self.row[name] = value
 
-    def images(self, name: str, images: Tensor, caption: str = "") -> None:
-        """Write a grid of images (N, C, H, W) in [0, 1] to `samples/`, and name it in this step's row."""
+    def images(self, name: str, images: Tensor | None, caption: str = "") -> None:
+        """Write a grid of images (N, C, H, W) in [0, 1] to `samples/`, and name it in this step's row. All ranks call
+        it; those of rank 0 are written, others may have none."""
         from dist_train.callbacks.samples import save_grid
 
         file = f"{name.replace('/', '-')}-{self.step:08d}.png"
         if self.world.is_main:
+            assert images is not None
             save_grid(self.directory.samples / file, images)
         self.row.setdefault("images", {})[name] = f"samples/{file}"
         if caption:

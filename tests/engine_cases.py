@@ -17,6 +17,7 @@ from typing import Any
 
 import cases
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -27,6 +28,7 @@ from dist_train.engine import Engine, buckets, make_engine
 from dist_train.errors import UserError
 from dist_train.networks import Player
 from dist_train.networks.blocks import compile_forward
+from dist_train.objectives.wgan_gp import WassersteinGradientPenalty
 from dist_train.parameter_groups import parameter_groups
 from dist_train.recipe import Recipe
 from dist_train.verify.payload import Payload
@@ -1092,6 +1094,14 @@ def pack_few(folder: Path) -> None:
             yield "test" if i < 2 else "train", f"{i:05d}", sample
 
     write_shards(folder / "few", "few", images(), shard_size=13, classes=list("0123456789"))
+
+
+class DrawnByRank0(WassersteinGradientPenalty):
+    """Refuses to draw samples on another rank."""
+
+    def samples(self, networks: Any, count: int, device: str) -> dict[str, Tensor]:
+        assert dist.get_rank() == 0
+        return super().samples(networks, count, device)
 
 
 def stopping_recipe(data: str, metric: str = "Planned", **settings: Any) -> Recipe:

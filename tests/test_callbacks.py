@@ -397,6 +397,16 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(tiny_data: Path, tmp_p
     assert rows == [row["step"] for row in cases.RunDirectory(tmp_path / "plain").rows()]
 
 
+def test_samples_are_drawn_on_one_rank(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = cases.tiny_recipe("wgan_gp", tiny_data, strategy="zero3", duration="4 steps")
+    recipe = recipe.set("objective.name", "engine_cases:DrawnByRank0")
+    recipe = recipe.set("callbacks.samples", {"every": "3 steps", "count": 4, "weights": "ema"})
+    run_dir = tmp_path / "run"
+    spawn_ranks(2, cases.train_cases, [[recipe.as_dict(), str(run_dir), None]], timeout=60)
+    for row in cases.RunDirectory(run_dir).rows():
+        assert (run_dir / row["images"]["generator"]).is_file()
+
+
 def test_weights_are_those_of_an_average(tiny_data: Path, tmp_path: Path) -> None:
     recipe = short(tiny_data).set("callbacks.samples", {"weights": "checkpoint"})
     with pytest.raises(UserError, match="weights: got 'checkpoint', expected 'live' or a callback"):

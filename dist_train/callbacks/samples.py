@@ -45,21 +45,25 @@ class Samples(Callback):
         if not (run.every(self.every) or run.is_last):
             return
         run.leave_if_told()
-        networks = run.view(self.weights_of)
+        networks = run.view(self.weights_of)  # gathered by all ranks; the rest is rank 0's
+        drawn = self._drawn(run, networks) if run.world.is_main else {}
+        for name in run.world.agree(list(drawn)):
+            run.images(name, drawn.get(name))
+
+    def _drawn(self, run: Trainer, networks: Networks) -> dict[str, Tensor]:
         randomness.reseed(run.seed, 0, randomness.EVALUATION, 0)
         with torch.no_grad():
             drawn = run.objective.samples(networks, self.count, run.world.device)
             drawn = drawn | _completions(run, networks)
-        if not drawn and run.world.is_main:
+        if not drawn:
             logging.getLogger(__name__).warning(
                 "callbacks.samples: %s has no samples to draw", type(run.objective).__name__
             )
-        for name, images in drawn.items():
-            run.images(name, images)
+        return drawn
 
 
 def _completions(run: Trainer, networks: Networks) -> dict[str, Tensor]:
-    """Of this rank's first evaluation batch; rank 0's, which is written, is that of any number of ranks."""
+    """Of rank 0's first evaluation batch, which is that of any number of ranks."""
     if run.evaluation is None or type(run.objective).completions is Objective.completions:
         return {}
     micro = next(iter(run.evaluation)).to(run.world.device)

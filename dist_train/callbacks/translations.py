@@ -40,7 +40,5 @@ class Translations(Callback):
         self._grid = (torch.cat(rows) + 1) / 2
 
     def evaluated(self, run: Trainer, results: dict[str, float]) -> None:
-        grid, self._grid = self._grid, None
-        if grid is None:  # the first micro-batch is rank 0's, which alone writes
-            grid = torch.zeros(1, 3, 1, 1)
+        grid, self._grid = self._grid, None  # the first micro-batch is rank 0's, which alone writes
         run.images("translations", grid, "a, as b, b, as a")

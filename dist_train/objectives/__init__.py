@@ -88,7 +88,8 @@ class Objective(ABC):
         raise UserError(f"objective: {type(self).__name__} predicts nothing: give it `predict`")
 
     def samples(self, networks: Networks, count: int, device: str) -> dict[str, Tensor]:
-        """Images (N, C, H, W) in [0, 1] to look at, drawn from the default generator; empty when there are none."""
+        """Images (N, C, H, W) in [0, 1] to look at, drawn from the default generator on rank 0 alone; empty when there
+        are none."""
         return {}
 
     def completions(self, networks: Networks, micro: MicroBatch) -> dict[str, Tensor]:
