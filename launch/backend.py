@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
 import os
@@ -147,7 +148,7 @@ class Backend(ABC):
 
 def follow(path: Path) -> Iterator[str]:
     """The content of a file, then, each time that the iterator is asked again, what was added since ("" if nothing)."""
-    position = 0
+    position, decoder = 0, codecs.getincrementaldecoder("utf-8")(errors="replace")
     while True:
         text = ""
         if path.is_file():
@@ -155,7 +156,7 @@ def follow(path: Path) -> Iterator[str]:
                 file.seek(position)
                 content = file.read(1 << 20)
             position += len(content)
-            text = content.decode(errors="replace")
+            text = decoder.decode(content)  # a character may be cut in two
         yield text
 
 

@@ -43,8 +43,8 @@ class Prepared:
             write_file(path / "recipe.yaml", recipe.to_yaml().encode())
         if job.code is not None and not job.code.exists():
             take_snapshot(self.recipe, job.code)
-        for path, content in self.backend.render(job).items():
-            write_file(job.run_dir / path, content.encode())
+        for name, content in self.backend.render(job).items():
+            write_file(job.run_dir / name, content.encode())
         for run_dir in job.run_dirs:
             begin_to_count(run_dir)
         job.submitted = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -142,9 +142,9 @@ def find(run: str) -> Job:
 
 def statuses(run: str | None) -> dict[str, dict[str, str]]:
     """{name: {"on", "job", "state", "detail"}} of one launched run, or of all in runs/."""
-    jobs = [Job.read(path.parent) for path in sorted(RUNS.glob(f"*/*/{RECORD}"))]
+    everyone = (Job.read(path.parent) for path in sorted(RUNS.glob(f"*/*/{RECORD}")))
     found = {}
-    for job in jobs if run is None else [find(run)]:
+    for job in everyone if run is None else [find(run)]:
         state = backend(job.spec.on).status(job)
         found[job.run_dir.name] = {
             "on": job.spec.on,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,14 +33,15 @@ class Local(Backend):
             )
 
     def render(self, job: Job) -> dict[str, str]:
-        return {"logs/job.txt": " ".join(self._command(job)) + "\n"}
+        return {"logs/job.txt": shlex.join(self._command(job)) + "\n"}
 
     def submit(self, job: Job) -> str:
         environ = {name: os.environ[name] for name in travelling(job.spec.env)} | job.environ()
-        (job.run_dir / ENDED).unlink(missing_ok=True)
-        held = os.open(job.run_dir / HELD, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        held = os.open(job.run_dir / HELD, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(held, 0)
+            (job.run_dir / ENDED).unlink(missing_ok=True)
             with job.log.open("ab") as log:
                 process = subprocess.Popen(
                     self._command(job),

@@ -85,8 +85,9 @@ def rank_limit(spec: Spec) -> tuple[float, str]:
         if torch.cuda.is_available():
             return here(World(device="cuda:0")), "a GPU of this machine"
         return here(World(local_size=spec.local_ranks)), "a rank's share of this machine"
-    if spec.mem is not None and not spec.gpus_per_node:
-        size = int(spec.mem.rstrip("KMGT")) * 2 ** {"K": 10, "G": 30, "T": 40}.get(spec.mem[-1], 20)
+    unit = 2 ** {"K": 10, "G": 30, "T": 40}.get((spec.mem or "")[-1:], 20)
+    size = int((spec.mem or "0").rstrip("KMGT")) * unit  # to Slurm 0 is all that the node has
+    if size and not spec.gpus_per_node:
         return size * (1 - RESERVED) / spec.local_ranks, f"a rank's share of {spec.mem} a node"
     missing = (
         "--gpu NAME" if spec.gpus_per_node else "--mem" if spec.on == "slurm" else "the machine"

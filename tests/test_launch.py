@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,11 +21,14 @@ from dist_train.errors import UserError
 from dist_train.forecast.footprint import RESERVED, rank_memory
 from dist_train.forecast.hardware import DEVICES
 from dist_train.forecast.tracing import foresee
-from dist_train.launch.backend import BACKENDS, Backend, Job, Status
+from dist_train.launch.backend import BACKENDS, Backend, Job, Status, follow
 from dist_train.launch.jobs import members, prepare
+from dist_train.launch.local import HELD, Local
+from dist_train.launch.preflight import rank_limit
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import Spec, make_spec
 from dist_train.recipe import Recipe
+from dist_train.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -248,6 +253,37 @@ def test_a_snapshot_that_was_refused_is_made_again(
     take_snapshot(recipe, tmp_path / "code")
     assert (tmp_path / "code" / "project" / "mine.py").is_file()
     assert (tmp_path / "code" / "dist_train" / "run.py").is_file()
+
+
+def test_what_runs_already_is_left_as_it_is(tmp_path: Path) -> None:
+    """Whoever is second, by however little, takes nothing from the first: its number, how it ended."""
+    RunDirectory.create_at(tmp_path / "run")
+    job = Job(Spec(), "tiny", tmp_path / "run", tmp_path)
+    with (tmp_path / "run" / HELD).open("w") as held:
+        held.write("4711\n")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is running already"):
+            Local().submit(job)
+        assert Local().status(job).state == "running"
+
+
+def test_output_is_followed_whatever_it_is_cut_into(tmp_path: Path) -> None:
+    told = "\N{EURO SIGN}" * 500_000  # 3 bytes each: a piece of 1 MiB ends within one
+    file = tmp_path / "log"
+    pieces = follow(file)
+    assert next(pieces) == ""
+    file.write_text(told, encoding="utf-8")
+    assert next(pieces) + next(pieces) == told and next(pieces) == ""
+
+
+@pytest.mark.parametrize(
+    ("mem", "limit"),
+    [("64G", 2**35 * (1 - RESERVED)), ("512", 2**28 * (1 - RESERVED)), ("0", math.inf)],
+)
+def test_memory_as_slurm_says_it(mem: str, limit: float) -> None:
+    """A rank's share of it; 0 is all that a node has, which is not known here."""
+    assert rank_limit(Spec(on="slurm", ranks_per_node=2, mem=mem))[0] == limit
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -392,6 +392,20 @@ def test_what_goes_on_is_what_was_begun(recipe: Recipe, tmp_path: Path) -> None:
         sweep(bare, {**space, "search": {"name": "asha", "trials": 9}})
 
 
+def test_this_machine_takes_nothing_from_a_profile(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default of the user's own that says what a cluster has says nothing of this machine."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    profiles = tmp_path / "dist-train" / "profiles"
+    profiles.mkdir(parents=True)
+    (profiles / "default.yaml").write_text("on: slurm\nnodes: 2\ngpus_per_node: 8\n")
+    found = sweep(recipe, SPACE, run_dir=tmp_path / "sweep", ranks=2, dry_run=True)
+    assert found["ranks"] == 2
+    with pytest.raises(UserError, match="--profile default: --on local takes none"):
+        sweep(recipe, SPACE, profile="default", dry_run=True)
+
+
 def test_gpus_are_shared_out() -> None:
     gpus = ["0", "1", "2", "3"]
     assert [gpus_of(slot, 2, gpus)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == [

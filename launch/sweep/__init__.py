@@ -135,16 +135,17 @@ def _same(new: Plan, old: Plan, path: Path) -> None:
 
 def _spec(plan: Plan, on: str, profile: str | None, ranks: int | None) -> Spec:
     """Where each trial goes."""
-    from dist_train.launch.spec import make_spec
+    from dist_train.launch.spec import Spec, make_spec
 
     if ranks is not None and on != "local":
         raise UserError(
             f"--ranks {ranks}: --on {on} takes --set launch.nodes, launch.ranks_per_node and so on"
         )
-    flags = {"on": on, "profile": profile}
     if on == "local":
-        return make_spec({}, {"on": on, "ranks_per_node": ranks})
-    spec = make_spec(plan.recipe.launch, flags)
+        if profile is not None:
+            raise UserError(f"--profile {profile}: --on local takes none: ranks are --ranks")
+        return Spec(on=on, ranks_per_node=ranks)
+    spec = make_spec(plan.recipe.launch, {"on": on, "profile": profile})
     if spec.array:
         raise UserError("launch.array: a sweep makes its own runs, expected none")
     return spec
