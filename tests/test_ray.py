@@ -28,9 +28,28 @@ from dist_train.run_directory import RunDirectory
 from dist_train.testing import assert_same_run, spawn_ranks
 
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
-STEPS = 200
+STEPS, GATES = 60, (30, 50)
 TOKEN = secrets.token_hex(32)
 """Of every cluster: Ray reads the token once a process, and would show the first cluster's to the second."""
+
+GATE = '''
+import time
+from pathlib import Path
+import dist_train
+from dist_train.callbacks import Callback
+
+class Gate(Callback):
+    """Say whose code this is, and wait, after some steps, until there is the file `open` or a signal comes."""
+
+    def __init__(self, steps, open):
+        self.steps, self.open = steps, Path(open)
+
+    def step_ends(self, run):
+        if run.step in self.steps:
+            (run.directory.path / f"at-{run.step}").write_text(dist_train.__file__)
+            while not (self.open.exists() or run.interruption.reason):
+                time.sleep(0.05)
+'''
 
 
 def free_port() -> int:
@@ -127,8 +146,12 @@ def recipe(tiny_data: Path, tmp_path: Path) -> Path:
     plan = cases.tiny_recipe("resnet", tiny_data, duration=f"{STEPS} steps", strategy="ddp")
     plan = plan.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
     plan = plan.set("callbacks.checkpoint.every", "20 steps").set("log.every", "1 step")
-    file = tmp_path / "tiny.yaml"
-    file.write_text(plan.set("callbacks.wandb", {"mode": "offline"}).to_yaml())
+    file = tmp_path / "project" / "tiny.yaml"
+    file.parent.mkdir()
+    (file.parent / "gated.py").write_text(GATE)
+    gate = {"name": "gated:Gate", "steps": list(GATES), "open": str(tmp_path / "open")}
+    gated = plan.set("callbacks.gate", gate).set("callbacks.wandb", {"mode": "offline"})
+    file.write_text(gated.to_yaml())
     spawn_ranks(2, cases.train_case, plan.as_dict(), str(tmp_path / "whole"), "", None, timeout=120)
     return file
 
@@ -136,6 +159,10 @@ def recipe(tiny_data: Path, tmp_path: Path) -> Path:
 def launch(recipe: Path, run_dir: Path) -> None:
     words = ["--on", "ray", "--nodes", "2", "--run-dir", str(run_dir)]
     assert main(["launch", str(recipe), *words]) == 0
+
+
+def at_the_gate(run_dir: Path, step: int) -> None:
+    eventually((run_dir / f"at-{step}").exists)
 
 
 def ended(run_dir: Path, state: str = "done") -> None:
@@ -157,19 +184,20 @@ def test_cancelled_and_then_a_raylet_is_lost(
 ) -> None:
     cluster, run_dir = raylets(), tmp_path / "run"
     launch(recipe, run_dir)
-    eventually(lambda: step_of(run_dir) > 25)
+    at_the_gate(run_dir, GATES[0])
     assert main(["cancel", str(run_dir)]) == 0
     ended(run_dir, "interrupted")
-    cancelled_at = step_of(run_dir)
-    assert 25 < cancelled_at < STEPS
+    assert step_of(run_dir) == GATES[0]
     launch(run_dir, run_dir)
-    eventually(lambda: step_of(run_dir) > cancelled_at + 25)
+    at_the_gate(run_dir, GATES[1])
     cluster.kill_second()
     log = run_dir / "logs" / "job.log"
     eventually(lambda: "starting again" in log.read_text())
+    (tmp_path / "open").touch()
     cluster.add_second()
     ended(run_dir)
-    assert str(run_dir / "code" / "dist_train") in log.read_text(), "not the run directory's code"
+    ours = run_dir / "code" / "dist_train" / "__init__.py"
+    assert (run_dir / f"at-{GATES[1]}").read_text() == str(ours), "not the run directory's code"
     assert_as_unbroken(run_dir)
 
 
@@ -179,11 +207,12 @@ def test_the_head_is_lost(recipe: Path, tmp_path: Path, raylets: Callable[[], Ra
     """And with it the cluster: a new one goes on from the run directory."""
     cluster, run_dir = raylets(), tmp_path / "run"
     launch(recipe, run_dir)
-    eventually(lambda: step_of(run_dir) > 45)
+    at_the_gate(run_dir, GATES[0])
     cluster.kill_head()
     cluster.end()
     eventually(lambda: not processes_of(run_dir), 30)
-    assert 45 < step_of(run_dir) < STEPS
+    assert step_of(run_dir) == GATES[0]
+    (tmp_path / "open").touch()
     raylets()
     launch(run_dir, run_dir)
     ended(run_dir)
@@ -198,13 +227,13 @@ def test_a_sweep_by_tune_whose_trials_are_of_two_ranks(
     """Told to end in its first trial, while the second waits, and gone on with: each is the run that `train` makes."""
     monkeypatch.setenv("RAY_ADDRESS", raylets().cluster.address)
     path, rate = tmp_path / "sweep", "optimizer.learning_rate"
-    plan = Recipe.load(recipe, ["duration=60 steps", "launch.nodes=2", "callbacks.wandb=null"])
+    plan = Recipe.load(recipe, ["launch.nodes=2", "callbacks.wandb=null"])
     plan = plan.set("evaluate", {"split": "test", "every": "20 steps", "metrics": ["loss"]})
     objective = {"metric": "loss", "mode": "min"}
     space = {"search": "grid", "objective": objective, "space": {rate: [0.1, 0.02]}}
 
     def told_in_the_first() -> None:
-        eventually(lambda: any(step_of(run) > 25 for run in path.glob("trials/0000-*")), 400)
+        eventually(lambda: list(path.glob(f"trials/0000-*/at-{GATES[0]}")), 400)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=told_in_the_first)
@@ -214,6 +243,7 @@ def test_a_sweep_by_tune_whose_trials_are_of_two_ranks(
     thread.join()
     assert caught.value.code == 75
     eventually(lambda: not processes_of(path), 10)
+    (tmp_path / "open").touch()
     found = sweep(str(path), on="ray", resume=True)
     assert (found["trials"], found["failed"], found["stopped"]) == (2, 0, "")
     eventually(lambda: not processes_of(path), 10)
@@ -221,7 +251,7 @@ def test_a_sweep_by_tune_whose_trials_are_of_two_ranks(
     runs = sorted(path.glob("trials/*"))
     for run in runs:
         twin = tmp_path / f"twin-{run.name}"
-        settings = Recipe.load(run).as_dict()
+        settings = Recipe.load(run).set("callbacks.gate", None).as_dict()
         spawn_ranks(2, cases.train_case, settings, str(twin), "", None, timeout=120)
         assert_same_run(twin, run)
     environ = (runs[0] / "environment.json").read_text()
