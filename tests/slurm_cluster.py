@@ -96,11 +96,12 @@ class Cluster:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Cluster]:
-        try:
-            self._up()
-            yield self
-        finally:
-            self._down()
+        with held_ports(3) as ports:
+            try:
+                self._up(ports)
+                yield self
+            finally:
+                self._down()
 
     def ask(self, *command: str, check: bool = True) -> str:
         """What one of Slurm's commands prints."""
@@ -127,7 +128,7 @@ class Cluster:
         """A job's state in one word, "" once it is forgotten."""
         return self.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T", check=False).strip()
 
-    def _up(self) -> None:
+    def _up(self, ports: list[int]) -> None:
         for folder in ("state", "spool-n1", "spool-n2"):
             (self.root / folder).mkdir(parents=True)
         (self.root / "key").write_bytes(os.urandom(128))
@@ -135,7 +136,7 @@ class Cluster:
         names = "".join(f"127.0.0.1 {node}\n" for node in NODES)
         (self.root / "hosts").write_text(Path("/etc/hosts").read_text() + names)
         host = socket.gethostname().partition(".")[0]
-        self.conf.write_text(CONF.format(root=self.root, host=host, ports=_free_ports(3)))
+        self.conf.write_text(CONF.format(root=self.root, host=host, ports=ports))
         files = {"key-file": "key", "socket": "munge.socket", "pid-file": "munged.pid"}
         files |= {"seed-file": "munged.seed", "log-file": "munged.log"}
         places = [f"--{name}={self.root / file}" for name, file in files.items()]
@@ -199,9 +200,13 @@ def wait_for(true: Callable[[], object], what: str, seconds: float = 120) -> Non
         time.sleep(0.1)
 
 
-def _free_ports(count: int) -> list[int]:
+@contextlib.contextmanager
+def held_ports(count: int) -> Iterator[list[int]]:
+    """Ports of loopback that are taken, so that the kernel gives them to nobody else, but not listened at: Linux lets
+    whoever says SO_REUSEADDR, as servers do, listen there."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        yield [one.getsockname()[1] for one in sockets]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from slurm_cluster import held_ports
 
 from dist_train.rendezvous import RendezvousError, meet, share_a_gpu
 
@@ -19,9 +20,10 @@ LIMIT = timedelta(seconds=1)
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def port() -> Iterator[int]:
+    """One at which nobody listens, and that the kernel gives to nobody else meanwhile."""
+    with held_ports(1) as ports:
+        yield ports[0]
 
 
 @pytest.fixture
