@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Annotated, Any
 
 import typer
@@ -55,7 +56,7 @@ def _recipes() -> dict[str, dict[str, Any]]:
 
 
 def _part(kind: str, name: str) -> dict[str, Any]:
-    """The first line of a part's docstring, and those of its arguments that a recipe gives."""
+    """The first sentence of a part's docstring, and those of its arguments that a recipe gives."""
     from dist_train import components
     from dist_train.recipe import PROVIDED
 
@@ -71,7 +72,8 @@ def _part(kind: str, name: str) -> dict[str, Any]:
         for parameter in components.arguments(part).values()
         if parameter.name not in given
     ]
-    return {"about": (inspect.getdoc(part) or "").partition("\n")[0], "arguments": arguments}
+    paragraph = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
+    return {"about": re.split(r"(?<=\.)\s(?=[A-Z])", paragraph)[0], "arguments": arguments}
 
 
 def _show(found: dict[str, dict[str, dict[str, Any]]]) -> None:

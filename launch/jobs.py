@@ -37,10 +37,10 @@ class Prepared:
     def submit(self) -> dict[str, str]:
         """Write recipe, code, script and record into the run directory, and hand the job over."""
         job = self.job
-        for path, recipe in recipes(self.recipe, job).items():
-            if not (path / "recipe.yaml").is_file():
-                RunDirectory.create_at(path)
-            write_file(path / "recipe.yaml", recipe.to_yaml().encode())
+        for run_dir, recipe in recipes(self.recipe, job).items():
+            if not (run_dir / "recipe.yaml").is_file():
+                RunDirectory.create_at(run_dir)
+            write_file(run_dir / "recipe.yaml", recipe.to_yaml().encode())
         if job.code is not None and not job.code.exists():
             take_snapshot(self.recipe, job.code)
         for name, content in self.backend.render(job).items():

@@ -36,7 +36,10 @@ class Encoder(nn.Module):
 
 
 class Captioner(nn.Module):
-    """`max_length`: of the longest caption that one may ask for. The side of a picture is 16 pixels or more."""
+    """A picture to the logits of each word that describes it, given those before it.
+
+    `max_length`: of the longest caption that one may ask for. The side of a picture is 16 pixels or more.
+    """
 
     def __init__(
         self,

@@ -148,6 +148,15 @@ def test_prediction_on_pictures(a_run: Path, folder: Path, tmp_path: Path) -> No
             )
     one = predict(a_run, tmp_path / "pictures" / "700.png", tmp_path / "one.csv")
     assert one["inputs"] == 1
+    Image.fromarray(images["700"]).convert("RGB").save(tmp_path / "coloured.png")
+    words = r"coloured.png: has 'image' of shape \[8, 8, 3\], .*: it was trained on \[8, 8\]"
+    with pytest.raises(UserError, match=words):
+        predict(a_run, tmp_path / "coloured.png", tmp_path / "two.csv")
+    coloured = [("test", "a", {"image.npy": np.zeros((8, 8, 3), "uint8"), "cls": 0})]
+    names = [f"digit-{i}" for i in range(10)]
+    write_shards(tmp_path / "coloured", "coloured", coloured, classes=names)
+    with pytest.raises(UserError, match="coloured: has 'image' of shape"):
+        trained.evaluate(a_run, data=str(tmp_path / "coloured"))
 
 
 def test_prediction_on_shards_and_by_the_command(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dist_train import checkpoint, randomness
 from dist_train.assembly import build
 from dist_train.data import data_folders, evaluation_batches
 from dist_train.data_shards import tokens
+from dist_train.data_shards.index import Index
 from dist_train.data_shards.sources import locate
 from dist_train.errors import CheckpointError, UserError
 from dist_train.models.decoding import Decoding
@@ -55,6 +57,28 @@ def restore(
     return trainer
 
 
+@contextmanager
+def shapes_told(recipe: Recipe, folder: Path | None, what: str | Path | None) -> Iterator[None]:
+    """Where the shards of `folder` (`what` to the user) have other shapes than this recipe was trained on, a failure is
+    a UserError that says so."""
+    try:
+        yield
+    except (RuntimeError, UserError) as error:
+        if folder is None:
+            raise
+        own, other = (
+            {field.name: field.shape for field in Index.load(path).fields.values()}
+            for path in (data_folders(recipe)[0], folder)
+        )
+        for name in own.keys() & other.keys():
+            if other[name] != own[name]:
+                raise UserError(
+                    f"{what}: has '{name}' of shape {other[name]}, which the network does not take: it was trained on"
+                    f" {own[name]} ({error})"
+                ) from error
+        raise
+
+
 def evaluate(
     run_dir: str | Path, *, data: str | None = None, split: str | None = None
 ) -> dict[str, Any]:
@@ -63,15 +87,14 @@ def evaluate(
     if recipe.evaluate is None:
         raise UserError(f"{run_dir}: its recipe has no evaluate section, so no metrics are known")
     trainer = restore(run_dir, recipe)
-    if data is not None or split is not None:
-        trainer.evaluation_sets = {}
-        trainer.evaluation = evaluation_batches(
-            recipe,
-            trainer.world,
-            split or recipe.evaluate.split,
-            None if data is None else locate(data, Path.cwd()),
-        )
-    results = trainer.measure(recipe.evaluate.weights)
+    folder = None if data is None else locate(data, Path.cwd())
+    with shapes_told(recipe, folder, data):
+        if data is not None or split is not None:
+            trainer.evaluation_sets = {}
+            trainer.evaluation = evaluation_batches(
+                recipe, trainer.world, split or recipe.evaluate.split, folder
+            )
+        results = trainer.measure(recipe.evaluate.weights)
     return {"run_dir": str(run_dir), "step": trainer.step, "results": results}
 
 

@@ -20,7 +20,7 @@ from dist_train.data_shards.sources.source import key_of
 from dist_train.data_shards.write import Row, write_shards
 from dist_train.errors import UserError
 from dist_train.run_directory import write_file
-from dist_train.trained import restore
+from dist_train.trained import restore, shapes_told
 from dist_train.trainer import Trainer
 
 SPLIT = "predict"
@@ -52,11 +52,12 @@ def predict(
     chosen = weights or (section.weights if section else "live")
     with tempfile.TemporaryDirectory() as scratch:
         folder = _shards(Path(source), Path(scratch) / "inputs", options or {})
-        rows = [
-            row
-            for split in Index.load(folder).splits
-            for row in _predicted(trainer, folder, split, chosen)
-        ]
+        with shapes_told(trainer.recipe, folder, source):
+            rows = [
+                row
+                for split in Index.load(folder).splits
+                for row in _predicted(trainer, folder, split, chosen)
+            ]
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
