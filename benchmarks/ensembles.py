@@ -37,13 +37,13 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "batched": (f"members={COUNT}",),
     "heads": (f"members={{count: {COUNT}, heads: output}}",),
     "snapshots": (
-        "duration=10 epochs",
+        "duration=20 epochs",
         "callbacks.learning_rate_decay={schedule: {name: cyclic_cosine, cycles: 5}, warmup: null}",
         "callbacks.snapshot_ensemble={cycles: 5}",
     ),
     "averages": (
-        "callbacks.learning_rate_decay.schedule={name: swa, start: 2 epochs, end: 0.25}",
-        "callbacks.swa={start: 2 epochs, cycle: 0.5 epochs}",
+        "callbacks.learning_rate_decay.schedule={name: swa, start: 6 epochs, end: 0.25}",
+        "callbacks.swa={start: 6 epochs, cycle: 0.5 epochs}",
         "callbacks.ema={decay: 0.999}",
     ),
 }
