@@ -171,14 +171,20 @@ def last_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 class Reader:
-    """Reads ranges of named tensors from a checkpoint that `problems` found whole."""
+    """Reads ranges of named tensors from a checkpoint that `problems` found whole. CheckpointError for one without a
+    readable index."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        index = json.loads((self.path / "index.json").read_bytes())
-        self.step: int = index["step"]
-        self.values: dict[str, Any] = index["values"]
-        self.tensors: dict[str, Any] = index["tensors"]
+        try:
+            index = json.loads((self.path / "index.json").read_bytes())
+            self.step: int = index["step"]
+            self.values: dict[str, Any] = index["values"]
+            self.tensors: dict[str, Any] = index["tensors"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: damaged: index.json: unreadable ({type(error).__name__})"
+            ) from error
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -276,7 +282,7 @@ def check(path: Path) -> dict[str, Any]:
 
 def diff(first: Path, second: Path) -> dict[str, Any]:
     """The largest difference of each tensor that two checkpoints share, and what only one of them has."""
-    a, b = Reader(resolve(first)), Reader(resolve(second))
+    a, b = open_whole(resolve(first)), open_whole(resolve(second))
     shared = [name for name in a.tensors if name in b.tensors]
     differences = {}
     for name in shared:

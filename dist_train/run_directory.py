@@ -97,8 +97,13 @@ class RunDirectory:
 
     @classmethod
     def _make(cls, path: Path) -> RunDirectory:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise UserError(f"--run-dir: {error.filename}: {error.strerror}") from error
         directory = cls(path)
         for folder in (directory.checkpoints, directory.samples, directory.plots, directory.logs):
             folder.mkdir()

@@ -421,6 +421,11 @@ def test_resume_by_path_needs_a_run(tiny_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_directory_that_cannot_be_made_is_named(tiny_data: Path) -> None:
+    with pytest.raises(UserError, match="--run-dir: /proc/run: No such file or directory"):
+        train(short(tiny_data), run_dir="/proc/run")
+
+
 def test_a_directory_is_not_trained_in_twice(tiny_data: Path, half: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         train(short(tiny_data), run_dir=half)

@@ -159,6 +159,17 @@ def test_last_good_passes_over_the_damaged(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ("truncated", "missing"))
+def test_a_damaged_one_is_looked_at_in_vain(folder: Path, kind: str) -> None:
+    path, other = checkpoint.at(folder, STEPS), checkpoint.at(folder, STEPS - 2)
+    damage(kind, other / "rank-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors"):
+        checkpoint.diff(path, other)
+    damage(kind, path / "index.json")
+    with pytest.raises(CheckpointError, match=r"index\.json: unreadable"):
+        checkpoint.inspect(path)
+
+
 def test_none_whole_is_an_error(folder: Path, run: Path, tiny_data: Path) -> None:
     for step in checkpoint.steps(folder):
         damage("empty", checkpoint.at(folder, step) / "index.json")

@@ -12,7 +12,7 @@ import pytest
 
 from dist_train.launch.cli import main
 from dist_train.testing import spawn_ranks
-from dist_train.verify import parity, verdict
+from dist_train.verify import RECIPE, STRATEGIES, _strategies, parity, verdict
 from dist_train.world import World
 
 STEPS = 3
@@ -49,6 +49,29 @@ def found(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         for strategy in (own, "fsdp2")
     ]
     return spawn_ranks(2, cases.planted_grid, grid, truth, folder, timeout=120)[0] | {"one": truth}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "own"),
+    [
+        ("auto", None),
+        ({"name": "auto"}, None),
+        ({"name": "single"}, None),
+        ({"name": "zero2"}, None),
+        ({"generator": "zero1", "critic": {"name": "zero1"}}, None),
+        ({"generator": "auto", "critic": "zero1"}, [{"name": "ddp"}, {"name": "zero1"}]),
+        ({"name": "zero3", "view_elements": 9}, [{"name": "zero3", "view_elements": 9}] * 2),
+    ],
+    ids=str,
+)
+def test_the_strategy_of_the_recipe_is_a_row_where_it_is_another(
+    tiny_data: Path, strategy: Any, own: list[Any] | None
+) -> None:
+    recipe = cases.tiny_recipe("wgan_gp", tiny_data, strategy=strategy)
+    chosen = _strategies(recipe)
+    assert list(chosen) == [*STRATEGIES, RECIPE] if own else [*STRATEGIES]
+    if own:
+        assert list(recipe.set("strategy", chosen[RECIPE]).strategies.values()) == own
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -18,6 +18,7 @@ from dist_train.errors import UserError
 from dist_train.objectives import Objective
 from dist_train.ranks import RankFailed, start_ranks
 from dist_train.recipe import Recipe
+from dist_train.strategies import AUTO
 from dist_train.testing import assert_same_run, read_trace, sample_ids
 from dist_train.verify import rank, verdict
 from dist_train.verify.parity import Differences, weight_differences
@@ -140,14 +141,20 @@ def _bare(recipe: Recipe, ranks: int) -> Recipe:
 
 
 def _strategies(recipe: Recipe) -> dict[str, Any]:
-    """What is compared: plain data parallelism, the stages of ZeRO, fsdp2, and what the recipe itself asks for."""
+    """What is compared: plain data parallelism, the stages of ZeRO, fsdp2, and what the recipe itself asks for, where
+    that is another; what depends on the machine counts as ddp."""
     chosen: dict[str, Any] = {
         name: strategy
         for name, strategy in STRATEGIES.items()
         if not name.startswith("zero") or importlib.util.find_spec("deepspeed")
     }
-    if recipe.strategy not in (*STRATEGIES, "single", "auto"):
-        chosen[RECIPE] = recipe.strategy
+    own = {
+        player: {"name": "ddp"} if strategy["name"] in ("single", AUTO) else strategy
+        for player, strategy in recipe.strategies.items()
+    }
+    first, *others = own.values()
+    if len(first) > 1 or any(other != first for other in others):
+        chosen[RECIPE] = own
     return chosen
 
 
@@ -181,8 +188,8 @@ def _killed_and_resumed(
     fault = f"kill@reduce:{ranks - 1}:{turns}"
     recipe = recipe.set("callbacks.checkpoint", {"every": f"{saved} steps", "keep": 2})
     recipe = recipe.set("callbacks.trace", {"name": "dist_train.testing:Trace"})
-    names = list(chosen)
-    own = next((n for n in names if n in (RECIPE, recipe.strategy)), "ddp")
+    names = (RECIPE, next(iter(recipe.strategies.values()))["name"])
+    own = next((name for name in names if name in chosen), "ddp")
     other = next((n for n in ("zero2", "ddp") if n in chosen and n != own), None)
     whole, killed, moved = (scratch / name for name in ("whole", "killed", "moved"))
     train = lambda *runs: start_ranks(ranks, rank.train, _plain(recipe), list(runs), steps)
