@@ -1096,6 +1096,17 @@ def pack_few(folder: Path) -> None:
     write_shards(folder / "few", "few", images(), shard_size=13, classes=list("0123456789"))
 
 
+class OneRow(nn.Module):
+    """Digits (B, 1, 8, 8) -> logits (B, 10), by one row of weights: of two ranks under fsdp2 one has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Linear(64, 1, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.row(image.flatten(1)) * torch.arange(10.0)
+
+
 class DrawnByRank0(WassersteinGradientPenalty):
     """Refuses to draw samples on another rank."""
 

@@ -130,6 +130,18 @@ def test_ema_of_one_turn_is_nine_tenths_live(tiny_data: Path, tmp_path: Path) ->
         assert torch.allclose(averages["critic"][name].double(), expected, rtol=0, atol=1e-7)
 
 
+def test_ema_where_a_rank_holds_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = short(tiny_data).set("model", {"name": "engine_cases:OneRow"})
+    train(recipe, run_dir=tmp_path / "one")
+    sharded = [recipe.set("strategy", "fsdp2").as_dict(), str(tmp_path / "two"), None]
+    spawn_ranks(2, cases.train_cases, [sharded], timeout=60)
+    one, two = (
+        checkpoint.Reader(checkpoint.resolve(path)).whole("callbacks/ema/model.row.weight")
+        for path in (tmp_path / "one", tmp_path / "two")
+    )
+    torch.testing.assert_close(two, one)
+
+
 def test_ema_ticks_by_turns_where_a_step_has_several(tiny_data: Path, tmp_path: Path) -> None:
     recipe = cases.tiny_recipe("wgan_gp", tiny_data, strategy="single")
     recipe = recipe.set("callbacks.ema", {"decay": 0.999, "players": ["critic"]})

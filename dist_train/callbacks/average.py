@@ -27,7 +27,8 @@ class Average:
 
     def move(self, share: float) -> None:
         """average <- average + share * (weights - average); with a share of 1 it is the weights."""
-        torch._foreach_lerp_(self._average, self._live, share)
+        if self._live:  # of a player with fewer rows than ranks a rank may hold nothing
+            torch._foreach_lerp_(self._average, self._live, share)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
