@@ -91,8 +91,18 @@ def test_drivers_names_are_known() -> None:
         "NVIDIA GeForce RTX 4090": "rtx4090",
         "Tesla V100-SXM2-32GB": "v100",
         "NVIDIA L40S": "l40s",
+        "NVIDIA GH200 144G HBM3e": "h200",
+        "NVIDIA A100 80GB PCIe": "a100-80g",
+        "NVIDIA H200": "h200",
     }
     for reported, name in names.items():
         found = device_like(reported)
         assert found is not None and found.name == name, reported
-    assert device_like("Some Other Card") is None
+    for reported in (
+        "Some Other Card",
+        "NVIDIA L40",
+        "NVIDIA A10G",
+        "NVIDIA RTX A1000",
+        "NVIDIA T400",
+    ):
+        assert device_like(reported) is None, reported

@@ -10,6 +10,7 @@ from typing import Any
 
 import cases
 import pytest
+import torch
 from torch import Tensor
 
 from dist_train.callbacks.learning_rate_decay import LearningRateDecay
@@ -150,6 +151,20 @@ def test_plateau_begins_with_the_first_number(tiny_data: Path) -> None:
 def test_mistakes(tiny_data: Path, spec: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         recipe(tiny_data, mine={"name": "schedule"} | spec).check_components()
+
+
+def without_a_rate(groups: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr)
+
+
+def test_the_rate_of_an_optimizer_that_has_its_own(tiny_data: Path, tmp_path: Path) -> None:
+    made = recipe(tiny_data, learning_rate_decay={"schedule": "linear"})
+    made = made.set("optimizer", {"name": "adafactor"})
+    found = rows(tiny_run(made, tmp_path / "run", steps=2))
+    assert [row["learning_rate"] for row in found] == [0.01, 0.005]
+    made = made.set("optimizer", {"name": f"{__name__}:without_a_rate", "lr": 0.1})
+    with pytest.raises(UserError, match=r"optimizer '.*:without_a_rate' has no learning_rate"):
+        made.check_components()
 
 
 def test_an_optimizer_without_the_setting(tiny_data: Path) -> None:

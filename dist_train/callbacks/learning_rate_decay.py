@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dist_train import components
 from dist_train.callbacks.scheduled import Scheduled
+from dist_train.errors import UserError
 
 if TYPE_CHECKING:
+    from dist_train.recipe import Recipe
     from dist_train.trainer import Trainer
 
 
@@ -26,11 +29,16 @@ class LearningRateDecay(Scheduled):
     ) -> None:
         super().__init__(schedule, warmup, "learning_rate_decay.schedule")
         self.players = players
+        self.rates: dict[str, float] = {}
 
-    def run_begins(self, run: Trainer) -> None:
-        super().run_begins(run)
-        optimizers = run.recipe.optimizers
-        self.rates = {p: optimizers[p]["learning_rate"] for p in self.players or run.engines}
+    def configure(self, recipe: Recipe) -> None:
+        super().configure(recipe)
+        for player in self.players or recipe.players:
+            spec = recipe.optimizers[player]
+            takes = components.arguments(components.resolve("optimizer", spec["name"]))
+            if "learning_rate" not in takes:
+                raise UserError(f"optimizer '{spec['name']}' has no learning_rate")
+            self.rates[player] = spec.get("learning_rate", takes["learning_rate"].default)
 
     def _apply(self, run: Trainer, factor: float) -> None:
         for player, rate in self.rates.items():

@@ -64,9 +64,10 @@ def device(name: str) -> Device:
 
 
 def device_like(reported: str) -> Device | None:
-    """The device that a driver reports as "NVIDIA H100 80GB HBM3", or None."""
-    plain = reported.lower().replace(" ", "").replace("-", "")
-    longest_first = sorted(DEVICES, key=len, reverse=True)
-    found = (name for name in longest_first if all(part in plain for part in name.split("-")))
-    name = next(found, None)
-    return DEVICES[name] if name else None
+    """The device that a driver reports as "NVIDIA H100 80GB HBM3", or None: an L40 is no L4, an A10G no A10."""
+    words = reported.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    for name in sorted(DEVICES, key=len, reverse=True):
+        model, _, size = name.partition("-")
+        if (model in words or f"g{model}" in words) and (not size or f"{size}b" in words):
+            return DEVICES[name]
+    return None
