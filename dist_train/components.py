@@ -181,21 +181,25 @@ CATALOGUE: dict[str, dict[str, str]] = {
 }
 
 
-def resolve(kind: str, name: str, where: str = "") -> Any:
-    """Return the part called `name`: a row of the catalogue, or the user's own `package.module:Attribute`."""
+def import_path(kind: str, name: str, where: str = "") -> str:
+    """`module:Attribute` of the part called `name`: by the catalogue, or the name itself where it is one."""
     where = where or kind
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: expected the name of a {kind}, got {name!r}")
     target = CATALOGUE[kind].get(name)
-    if target is None:
-        if ":" not in name:
-            meant = nearest(name, CATALOGUE[kind])
-            known = "" if meant else f"there are {', '.join(sorted(CATALOGUE[kind]))}, "
-            raise UserError(
-                f"{where}: no {kind} is called '{name}'{meant} ({known}or package.module:Name)"
-            )
-        target = name
-    module_name, _, attribute = target.partition(":")
+    if target is None and ":" not in name:
+        meant = nearest(name, CATALOGUE[kind])
+        known = "" if meant else f"there are {', '.join(sorted(CATALOGUE[kind]))}, "
+        raise UserError(
+            f"{where}: no {kind} is called '{name}'{meant} ({known}or package.module:Name)"
+        )
+    return target or name
+
+
+def resolve(kind: str, name: str, where: str = "") -> Any:
+    """Return the part called `name`: a row of the catalogue, or the user's own `package.module:Attribute`."""
+    where = where or kind
+    module_name, _, attribute = import_path(kind, name, where).partition(":")
     try:
         part = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -56,8 +56,9 @@ class Origin(Section):
     def check_origin(self) -> None:
         """Whether exactly one of `name` and `path` is there, and is possible."""
         if (self.name is None) == (self.path is None):
+            more = " (`name: null` takes an inherited one away)" if self.name and self.path else ""
             raise UserError(
-                f"name: got {short(self.name)} with path {short(self.path)}, expected one of the two"
+                f"name: got {short(self.name)} with path {short(self.path)}, expected one of the two{more}"
             )
         for key, address in (("path", self.path), ("index", self.index)):
             if address is not None and is_remote(address):

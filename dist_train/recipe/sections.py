@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dist_train.components import import_path
 from dist_train.duration import Duration, Every
 from dist_train.errors import UserError, nearest
 from dist_train.settings import short
@@ -79,6 +80,8 @@ class Evaluate(Section):
     def _check(self) -> Evaluate:
         if len(set(self.metrics)) < len(self.metrics):
             raise UserError(f"metrics: got {short(self.metrics)}, expected each once")
+        for position, metric in enumerate(self.metrics):
+            import_path("metric", metric, f"metrics.{position}")
         for name in self.sets:
             if not re.fullmatch(NAME, name) or name in self.metrics:
                 raise UserError(f"sets.{name}: expected {NAMED}, and no metric's")
