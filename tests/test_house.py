@@ -93,7 +93,8 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**
 def links(page: Path) -> list[tuple[Path, str]]:
     """(the file or folder, the heading or "") of every link of a page that stays within the clone."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    found = [target.partition("#") for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    targets = re.findall(r"""\]\(([^)\s]+)\)|src="([^"]+)\"""", text)
+    found = [(link or picture).partition("#") for link, picture in targets]
     return [
         ((page.parent / path).resolve() if path else page, heading)
         for path, _, heading in found
