@@ -30,7 +30,12 @@ RATES = {
     "memory_mb": "Memory (MB)",
 }
 FROM_ZERO = ("samples_per_second", "tokens_per_second", "data_wait", "memory_mb")
-SMALLER_IS_BETTER = ("loss", "perplexity", "bits", "error", "fid")
+SMALLER_IS_BETTER = (
+    *("loss", "nll", "perplexity", "bits", "error", "brier"),
+    *("rmse", "mse", "mae", "l1", "distance", "fid"),
+)
+"""Words in the name of a metric."""
+NEITHER_IS_BETTER = ("kl",)
 GRIDS_SHOWN = 6
 
 
@@ -88,12 +93,16 @@ class RunRecord:
         pick = min if self.smaller_is_better(name) else max
         return pick(self.curve(name), key=lambda point: point[1])
 
+    def has_best(self, name: str) -> bool:
+        """Whether more, or less, of an evaluation's figure is better."""
+        return name.rpartition("/")[2] not in NEITHER_IS_BETTER
+
     def smaller_is_better(self, name: str) -> bool:
         """By the recipe for the metric it watches, by its name for others."""
         settings = self.recipe.get("evaluate") or {}
         if settings.get("best") == name.removeprefix(EVALUATE):
             return settings.get("mode") == "min"
-        return any(word in name for word in SMALLER_IS_BETTER)
+        return not set(re.split("[_/]", name)).isdisjoint(SMALLER_IS_BETTER)
 
 
 def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
@@ -207,9 +216,10 @@ def _loss_verdict(run: RunRecord, name: str) -> str:
 
 def _evaluation_verdict(run: RunRecord, name: str) -> str:
     curve, plain = run.curve(name), name.removeprefix(EVALUATE)
-    step, value = run.best(name)
-    if len(curve) == 1:
+    if len(curve) == 1 or not run.has_best(name):
+        step, value = curve[-1]
         return f"Evaluation {plain}: {_number(value)} at step {step:,.0f}."
+    step, value = run.best(name)
     last = (
         " (the last evaluation)"
         if step == curve[-1][0]
@@ -257,7 +267,9 @@ def _figures(runs: Sequence[RunRecord]) -> dict[str, Any]:
             cells.append(_number(_end([value for _, value in curve], -1)) if curve else "-")
         for name in metrics:
             curve = run.curve(name)
-            if curve:
+            if curve and not run.has_best(name):
+                cells.append(_number(curve[-1][1]))
+            elif curve:
                 step, value = run.best(name)
                 cells.append(f"{_number(curve[-1][1])} (best {_number(value)} at {step:,.0f})")
             else:

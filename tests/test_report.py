@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_train.components import CATALOGUE
 from dist_train.errors import UserError
 from dist_train.pictures import charts, png
 from dist_train.pictures.charts import Line, line_chart
@@ -92,6 +93,23 @@ def test_a_report_holds_the_final_figures(tmp_path: Path) -> None:
     assert "hunter2" not in path.read_text()
     assert "400 2.0 KiB checkpoints/step-00000400" in page.text
     assert page.text.count("Learning rate") == 1
+
+
+LARGER_IS_BETTER = {
+    *("accuracy", "top_2", "top_5", "r2", "elbo", "importance_bound"),
+    *("covered_modes", "label_agreement", "bleu"),
+}
+
+
+@pytest.mark.parametrize("metric", CATALOGUE["metric"])
+def test_the_best_of_every_metric(tmp_path: Path, metric: str) -> None:
+    directory = RunDirectory.create_at(tmp_path / "run")
+    directory.write_recipe("name: tiny")
+    for step, value in ((1, 0.5), (2, 0.25), (3, 0.75), (4, 0.5)):
+        directory.append_row({"step": step, f"evaluate/test/{metric}": value})
+    best = "0.75 at step 3" if metric in LARGER_IS_BETTER else "0.25 at step 2"
+    said = "0.5 at step 4" if metric == "kl" else f"best {best}; it ended at 0.5"
+    assert sentences(directory) == f"Evaluation test/{metric}: {said}."
 
 
 def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
