@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, writing
 
 
 def publish(path: Path, content: bytes) -> None:
@@ -34,21 +34,20 @@ def published(out: Path) -> Iterator[Path]:
     It has a fixed name, so that after a kill the next process finds what is done; a lock keeps it to one process at a
     time, the others wait. Where nothing was finished in it, it goes. UserError: `out` is there already and not empty.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.packing"
-    lock = _locked(folder)
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: exists already and is not an empty folder")
-        yield folder
-        os.fsync(lock)
-        folder.rename(out)
-    except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror}") from error
-    finally:
-        if folder.is_dir() and not any(folder.glob("*.tar")):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder)
+        try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"{out}: exists already and is not an empty folder")
+            yield folder
+            os.fsync(lock)
+            folder.rename(out)
+        finally:
+            if folder.is_dir() and not any(folder.glob("*.tar")):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 @contextmanager

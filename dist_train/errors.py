@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -20,6 +22,15 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int = 75) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses of a path that the user has named is theirs to mend: one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}") from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, writing
 from dist_train.launch.output import Json, answer
 
 TEMPLATES = Path(__file__).parent / "templates" / "project"
@@ -63,9 +63,9 @@ def create_project(directory: Path) -> dict[str, Any]:
     written = []
     for target, template in FILES.items():
         path = directory / target.format(package=package)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            environment.get_template(template).render(package=package), encoding="utf-8"
-        )
+        text = environment.get_template(template).render(package=package)
+        with writing(directory):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
         written.append(str(path.relative_to(directory)))
     return {"directory": str(directory), "package": package, "files": written}

@@ -90,6 +90,14 @@ def test_mistakes_as_json(capfd):
     assert err == ""
 
 
+@pytest.mark.parametrize("words", [["new"], ["shards", "pack", "digits"]])
+def test_where_nothing_can_be_written_is_one_line(words, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    assert main([*words, str(tmp_path / "file" / "out")]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'file'}")
+
+
 def test_failures_exit_1_with_their_traceback(capfd, monkeypatch):
     monkeypatch.setattr("dist_train.launch.doctor.examine", lambda: 1 / 0)
     assert main(["doctor"]) == 1

@@ -19,6 +19,7 @@ from dist_train.errors import UserError
 from dist_train.launch.cli import main
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import tiny_run
+from dist_train.trained.ensemble import ensemble
 from dist_train.trained.export import export
 from dist_train.trained.predict import predict
 from dist_train.world import pin_threads
@@ -120,6 +121,26 @@ def test_other_data_are_brought_to_the_scale_of_the_training_data(
     assert set(found) == {"accuracy", "loss"}
     with pytest.raises(UserError, match=r"has the classes .*, but the network was trained on"):
         trained.evaluate(a_run, data=str(folder / "turned"))
+
+
+def test_a_folder_for_what_is_written_is_made_or_refused(
+    a_run: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Before the network is asked, not after."""
+    predict(a_run, folder / "other", tmp_path / "new" / "out.csv")
+    assert (tmp_path / "new" / "out.csv").is_file()
+    runs = [a_run, a_run]
+    ensemble(runs, out=tmp_path / "newer" / "out.csv")
+    assert (tmp_path / "newer" / "out.csv").is_file()
+    (tmp_path / "file").touch()
+    for write in (
+        lambda out: predict(a_run, folder / "other", out),
+        lambda out: ensemble(runs, out=out),
+        lambda out: trained.generate(a_run, out),
+        lambda out: export(a_run, out),
+    ):
+        with pytest.raises(UserError, match=r"file(/out.csv)?: (File exists|Not a directory)"):
+            write(tmp_path / "file" / "out.csv")
 
 
 def test_prediction_on_pictures(a_run: Path, folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dist_train.data import data_folders, evaluation_batches
 from dist_train.data_shards import tokens
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.sources import locate
-from dist_train.errors import CheckpointError, UserError
+from dist_train.errors import CheckpointError, UserError, writing
 from dist_train.models.decoding import Decoding
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
@@ -118,6 +118,8 @@ def generate(
     """
     import torch
 
+    with writing(Path(out)):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {}
     if decoding:
         try:
@@ -133,9 +135,10 @@ def generate(
         if images:
             from dist_train.callbacks.samples import save_grid
 
-            save_grid(Path(out), torch.cat(list(images.values())))
             if decoding or prefix is not None:
                 raise UserError(f"{run_dir}: draws images, expected no way to write text")
+            with writing(Path(out)):
+                save_grid(Path(out), torch.cat(list(images.values())))
             return {"out": str(out), "step": trainer.step, "images": count}
         model = trainer.engines[trainer.objective.players[0]].player.networks
         context = min(getattr(network, "max_length", 1) for network in model.values())
@@ -155,5 +158,6 @@ def generate(
             f"{run_dir}: objective '{trainer.recipe.objective['name']}' generates nothing"
         )
     text = tokenizer.decode(written)
-    Path(out).write_bytes(text)
+    with writing(Path(out)):
+        Path(out).write_bytes(text)
     return {"out": str(out), "step": trainer.step, "text": text.decode(errors="replace")}

@@ -22,7 +22,7 @@ from dist_train.data_shards.index import Index
 from dist_train.data_shards.loader import MicroBatch
 from dist_train.data_shards.reader import Shards
 from dist_train.data_shards.sources import locate
-from dist_train.errors import UserError
+from dist_train.errors import UserError, writing
 from dist_train.metrics import Metric
 from dist_train.objectives import Objective
 from dist_train.pictures import plots
@@ -70,9 +70,11 @@ def ensemble(
     ensembles.check_way(how)
     if plot is not None:
         plots.need_matplotlib("plot")
-    for path in (out, plot):
-        if path is not None and Path(path).exists():
+    for path in (Path(path) for path in (out, plot) if path is not None):
+        if path.exists():
             raise UserError(f"{path}: exists already; name a new file")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
     members: list[Member] = []
     for path in map(Path, runs):
         directory, checkpoint = _parts(path)
@@ -98,12 +100,15 @@ def ensemble(
     if out is not None:
         if place is None:
             raise UserError(f"{out}: the data of {runs[0]} are elsewhere, and so are their keys")
-        write_file(Path(out), _table(objective, members, first, how, Shards(place, where)).encode())
+        table = _table(objective, members, first, how, Shards(place, where))
+        with writing(Path(out)):
+            write_file(Path(out), table.encode())
         result["out"] = str(out)
     if plot is not None:
         if "reliability" not in result:
             raise UserError(f"{plot}: a reliability diagram is of classes")
-        plots.reliability_plot(Path(plot), result["reliability"])
+        with writing(Path(plot)):
+            plots.reliability_plot(Path(plot), result["reliability"])
         result["plot"] = str(plot)
     return result
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train import components, randomness
 from dist_train.callbacks.scheduled import Scheduled
 from dist_train.data import describe
-from dist_train.errors import UserError, nearest
+from dist_train.errors import UserError, nearest, writing
 from dist_train.networks import Networks
 from dist_train.networks.members import member_state
 from dist_train.recipe import Recipe
@@ -97,7 +97,8 @@ def export(
             if format != "hf" and name not in inputs:
                 raise UserError(f"{run_dir}: the objective never calls '{name}'")
             for label, folder, own, seen in _members(recipe, name, place, live, state, inputs):
-                folder.mkdir(parents=True)
+                with writing(out):
+                    folder.mkdir(parents=True)
                 network = components.build("model", model, "model")
                 if format == "hf":
                     save_file(own, folder / "model.safetensors", metadata={"format": "pt"})

@@ -18,7 +18,7 @@ from dist_train.data_shards.sources import pack
 from dist_train.data_shards.sources.pictures import PICTURE_FILES
 from dist_train.data_shards.sources.source import key_of
 from dist_train.data_shards.write import Row, write_shards
-from dist_train.errors import UserError
+from dist_train.errors import UserError, writing
 from dist_train.run_directory import write_file
 from dist_train.trained import restore, shapes_told
 from dist_train.trainer import Trainer
@@ -47,6 +47,8 @@ def predict(
         raise UserError(f"{out}: exists already; name a new file")
     if out.suffix != ".csv":
         raise UserError(f"{out}: expected a file that ends in .csv")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     trainer = restore(run_dir)
     section = trainer.recipe.evaluate
     chosen = weights or (section.weights if section else "live")
@@ -62,7 +64,8 @@ def predict(
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write_file(out, text.getvalue().encode())
+    with writing(out):
+        write_file(out, text.getvalue().encode())
     return {"out": str(out), "step": trainer.step, "weights": chosen, "inputs": len(rows)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.errors import UserError, nearest
+from dist_train.errors import UserError, nearest, writing
 
 if TYPE_CHECKING:
     from dist_train.launch.spec import Spec
@@ -182,8 +182,8 @@ def _begin(plan: Plan, path: Path) -> None:
 
     if (path / FILE).is_file():
         return
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "trials").mkdir(exist_ok=True)
+    with writing(path):
+        (path / "trials").mkdir(parents=True, exist_ok=True)
     found = environment(folder=plan.recipe.root) | {"project_root": str(plan.recipe.root)}
     write_file(path / "environment.json", json.dumps(found, indent=2).encode())
     plan.write(path)
