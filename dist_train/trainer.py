@@ -131,10 +131,10 @@ class Trainer:
             )
         return self.callbacks.by_name[name]
 
-    def check_weights(self, name: str) -> None:
+    def check_weights(self, name: str, where: str) -> None:
         """UserError unless `name` is "live" or that of a callback that keeps weights."""
         if name != "live" and type(self.callback(name)).weights is Callback.weights:
-            raise UserError(f"weights: got '{name}', expected 'live' or a callback that averages")
+            raise UserError(f"{where}: got '{name}', expected 'live' or a callback that averages")
 
     def full_weights(self, player: str) -> dict[str, Tensor]:
         """Weights and buffers of a player by name, whole, right under any strategy (collective)."""

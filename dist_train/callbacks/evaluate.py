@@ -20,7 +20,7 @@ class Evaluate(Callback):
         self.every, self.best, self.mode, self.weights_of = every, best, mode, weights
 
     def run_begins(self, run: Trainer) -> None:
-        run.check_weights(self.weights_of)
+        run.check_weights(self.weights_of, "evaluate.weights")
 
     def step_ends(self, run: Trainer) -> None:
         if run.every(self.every) or run.is_last:

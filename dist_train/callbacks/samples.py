@@ -39,7 +39,7 @@ class Samples(Callback):
         self.every, self.count, self.weights_of = every, count, weights
 
     def run_begins(self, run: Trainer) -> None:
-        run.check_weights(self.weights_of)
+        run.check_weights(self.weights_of, "callbacks.samples.weights")
 
     def step_ends(self, run: Trainer) -> None:
         if not (run.every(self.every) or run.is_last):

@@ -34,9 +34,11 @@ class Throughput(Callback):
 
     priority = 75  # before the row is written
 
-    def run_begins(self, run: Trainer) -> None:
+    def __init__(self) -> None:
         self._flops: dict[tuple[Any, ...], int] = {}
         self._counting: tuple[tuple[Any, ...], Live] | None = None
+
+    def run_begins(self, run: Trainer) -> None:
         self._peak, source = peak(run)
         if run.world.is_main:
             log = logging.getLogger("dist_train")
