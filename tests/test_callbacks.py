@@ -345,7 +345,8 @@ def test_a_schedule_of_one_player(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def short(data: Path, **settings: Any) -> cases.Recipe:
-    return cases.tiny_recipe("resnet", data, strategy="single", duration="6 steps", **settings)
+    made = cases.tiny_recipe("resnet", data, strategy="single", duration="6 steps", **settings)
+    return made.set("callbacks.dead_units", {})
 
 
 @pytest.mark.parametrize(
@@ -359,6 +360,8 @@ def short(data: Path, **settings: Any) -> cases.Recipe:
         ("precision", "bf16"),
         ("callbacks.ema.decay", 0.8),
         ("callbacks.clip_gradients", None),
+        ("callbacks.dead_units", None),
+        ("callbacks.console", {}),
         ("model.width", 8),
     ],
 )

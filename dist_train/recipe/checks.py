@@ -278,7 +278,7 @@ def check_same_run(new: Recipe, old: Recipe, path: Path) -> None:
     """A run goes on under its own recipe; only how it is spread may change. `path` is the run's directory."""
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or (not value and "." in prefix):  # {} is a callback, too
             return {prefix: value}
         return {
             k: v
