@@ -167,6 +167,23 @@ def test_grid_has_every_combination_once() -> None:
     assert found == [*sgd, *adam]
 
 
+def test_corners_of_a_condition_of_a_condition() -> None:
+    """Each is a setting that there is, and together they have every value."""
+    space = read_space(
+        {
+            "name": ["adam", "sgd"],
+            "momentum": {"choice": [0, 0.9], "when": {"name": "sgd"}},
+            "nesterov": {"choice": [False, True], "when": {"momentum": 0.9}},
+        },
+        "space",
+    )
+    corners = list(space.corners())
+    there_are = list(space.grid(2))
+    assert all(corner in there_are for corner in corners)
+    for key, dimension in space.dimensions.items():
+        assert {one[key] for one in corners if key in one} == set(dimension.grid(2))
+
+
 def test_random_draws_of_a_trial_depend_on_its_number_alone() -> None:
     few = play(make("random", BOWL, 5, trials=3), bowl)
     many = play(make("random", BOWL, 5, trials=2000), bowl)

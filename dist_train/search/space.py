@@ -230,15 +230,19 @@ class Space:
         yield first
         for key, dimension in self.dimensions.items():
             for value in dimension.corners():
-                chosen = dict(first)
-                for other, wanted in self.when.get(key, {}).items():
-                    chosen[other] = wanted[0]
-                chosen[key] = value
-                yield {
-                    name: chosen.get(name, self.dimensions[name].at(0.0))
-                    for name in self.dimensions
-                    if self.applies(name, chosen)
-                }
+                chosen = {**first, **self._needed(key), key: value}
+                corner: dict[str, Any] = {}
+                for name, other in self.dimensions.items():
+                    if self.applies(name, corner):
+                        corner[name] = chosen.get(name, other.at(0.0))
+                yield corner
+
+    def _needed(self, key: str) -> dict[str, Any]:
+        """Values of other keys under which a key is there, and theirs under which those are."""
+        needed: dict[str, Any] = {}
+        for other, wanted in self.when.get(key, {}).items():
+            needed |= {other: wanted[0]} | self._needed(other)
+        return needed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
