@@ -129,10 +129,12 @@ def bad(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
         if others and rank["tflops"] < SLOW * statistics.median(others):
             usual = statistics.median(others)
             blame(rank, f"{rank['tflops']:g} TFLOP/s, the others {usual:g}")
-        common, votes = Counter(other["checksums"][0] for other in alike).most_common(1)[0]
+        sums = Counter(other["checksums"][0] for other in alike)
+        (common, votes), *rest = sums.most_common()
+        nobody_knows = any(others == votes for _, others in rest)
         if len(rank["checksums"]) > 1:
             blame(rank, "multiplies wrongly: the same product has several results")
-        elif rank["checksums"][0] != common and votes > 1:
+        elif rank["checksums"][0] != common or nobody_knows:
             blame(rank, "multiplies wrongly: its product differs from the others'")
         if rank.get("wrong_sums"):
             blame(rank, "got a wrong sum over all ranks")

@@ -53,6 +53,12 @@ def test_a_bad_node_is_named_and_why(changes: dict[str, Any], word: str) -> None
     assert word in found["node-2"][0]
 
 
+def test_of_two_that_multiply_differently_either_may_be_wrong() -> None:
+    found = bad([rank(0), rank(1, checksums=[1.25])])
+    assert list(found) == ["node-0", "node-1"]
+    assert all("its product differs from the others'" in told for [told] in found.values())
+
+
 def test_a_bad_link_is_that_of_the_node_on_both_its_sides() -> None:
     slow = {"link_gb_s": 2.0}  # into node-2, and from it into node-3
     found = bad([rank(0), rank(1), rank(2, **slow), rank(3, **slow), rank(4)])
