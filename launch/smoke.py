@@ -131,7 +131,7 @@ def bad(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
             blame(rank, f"{rank['tflops']:g} TFLOP/s, the others {usual:g}")
         sums = Counter(other["checksums"][0] for other in alike)
         (common, votes), *rest = sums.most_common()
-        nobody_knows = any(others == votes for _, others in rest)
+        nobody_knows = any(count == votes for _, count in rest)
         if len(rank["checksums"]) > 1:
             blame(rank, "multiplies wrongly: the same product has several results")
         elif rank["checksums"][0] != common or nobody_knows:

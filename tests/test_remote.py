@@ -1,5 +1,6 @@
 """Shards behind an address: a server on the loopback that is slow, breaks off, lies, refuses or says nothing."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from dist_train.data import RunData
-from dist_train.data_shards.cache import Cache
+from dist_train.data_shards.cache import Cache, _locked
 from dist_train.data_shards.index import Index
 from dist_train.data_shards.prefetch import Prefetch, first_needs
 from dist_train.data_shards.reader import Shards
@@ -335,3 +336,25 @@ def test_the_shards_of_a_large_split_are_fetched_too(server: Server, tmp_path: P
     assert server.asked["index.train.npy"] == 2 and server.asked["index.json"] == 1
     assert pictures(shards, np.arange(60)) == list(range(60))
     assert shards.index == Index.read(copy) and len(shards.needs(np.arange(60))) == 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks for open files in /proc")
+def test_a_lock_is_free_though_a_fork_holds_a_copy(tmp_path: Path) -> None:
+    """A process that was forked while another thread fetched has its files open, until the end of the epoch."""
+    with _locked(tmp_path / "lock"):
+        held = [int(file.name) for file in Path("/proc/self/fd").iterdir() if _is(file, tmp_path)]
+        copies = [os.dup(descriptor) for descriptor in held]
+    try:
+        assert copies
+        with (tmp_path / "lock").open() as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        for copy in copies:
+            os.close(copy)
+
+
+def _is(link: Path, folder: Path) -> bool:
+    try:
+        return os.readlink(link).startswith(str(folder))
+    except FileNotFoundError:
+        return False
