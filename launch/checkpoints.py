@@ -40,7 +40,10 @@ def check(path: Place, as_json: Json = False) -> None:
 
 @checkpoint.command()
 def diff(first: Place, second: Place, as_json: Json = False) -> None:
-    """Compare two checkpoints tensor by tensor; exit 1 when they differ."""
+    """Compare two checkpoints tensor by tensor.
+
+    Exit 1 when they differ.
+    """
     from dist_train import checkpoint as checkpoints
 
     result = answer(as_json, lambda: checkpoints.diff(first, second))
@@ -61,7 +64,10 @@ def export(
     ] = "hf",
     as_json: Json = False,
 ) -> None:
-    """Write a run's networks for others: as the Hugging Face hub has them, or as a program."""
+    """Write a run's networks for others.
+
+    As the Hugging Face hub has them, or as a program.
+    """
     from dist_train.trained.export import export as export_run
 
     answer(as_json, lambda: export_run(run, out, weights, format))

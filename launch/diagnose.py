@@ -29,7 +29,10 @@ def learning_rate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train once while the learning rate rises, plot the loss over it, and suggest a rate."""
+    """Raise the rate while training, and suggest one.
+
+    It trains once, and plots the loss over the rate.
+    """
     from dist_train.diagnose.sweep_rate import sweep_rate
     from dist_train.recipe import Recipe
 
@@ -46,7 +49,10 @@ def bias_variance(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Train on resampled training sets, and split the error into bias and variance."""
+    """Split the error into bias and variance.
+
+    It trains on resampled training sets.
+    """
     from dist_train.diagnose.bias_variance import measure
     from dist_train.recipe import Recipe
 
@@ -63,7 +69,10 @@ def landscape(
     grid: Annotated[int, typer.Option(min=3, help="Points of the map, a side.")] = 15,
     as_json: Json = False,
 ) -> None:
-    """Draw the loss around a trained run with its way there; curvature and kind of the point."""
+    """Draw the loss around a trained run.
+
+    With the way there, the curvature and the kind of the point.
+    """
     from dist_train.diagnose.landscape import landscape as draw
 
     answer(as_json, lambda: draw(run, out=out, batches=batches, steps=steps, grid=grid))
@@ -75,7 +84,10 @@ def linear_probe(
     split: Annotated[str, typer.Option(help="Which split to judge by.")] = "test",
     as_json: Json = False,
 ) -> None:
-    """Fit a linear classifier to the codes of a trained autoencoder or VAE, and to its inputs."""
+    """Fit a linear classifier to the codes of an autoencoder.
+
+    Or of a VAE; and, beside it, one to the inputs.
+    """
     from dist_train.diagnose.linear_probe import linear_probe as probe
 
     answer(as_json, lambda: probe(run, split=split))

@@ -68,7 +68,10 @@ def doctor(
     ] = 600.0,
     as_json: Json = False,
 ) -> None:
-    """Show what this machine has, and what it lacks; with --nodes, test real nodes and name the bad ones."""
+    """Show what this machine has and lacks, or find bad nodes.
+
+    With --nodes, real nodes are tested, and the bad ones named.
+    """
     if nodes is None:
         result = answer(as_json, examine if shards is None else partial(_with_shards, shards))
         if result.get("shards"):

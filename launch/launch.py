@@ -87,7 +87,10 @@ def launch(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe elsewhere: checked first, with its code as it is now, restarted where it was cut off."""
+    """Run a recipe in the background, here, on Slurm or on Ray.
+
+    It is checked first, runs with its code as it is now, and starts again where it was cut off.
+    """
     from dist_train.launch.jobs import prepare
     from dist_train.recipe import Recipe
 
@@ -158,7 +161,10 @@ def logs(
 
 
 def cancel(run: Run, as_json: Json = False) -> None:
-    """Let a launched run save and end; `launch RUN_DIR --run-dir RUN_DIR` goes on with it."""
+    """Let a launched run save and end.
+
+    `launch RUN_DIR --run-dir RUN_DIR` goes on with it.
+    """
     from dist_train.launch import jobs
 
     answer(as_json, lambda: jobs.cancel(run))

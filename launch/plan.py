@@ -45,7 +45,10 @@ def plan(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Foresee memory, traffic, hours and cost of a run on GPUs that are not here, and show its job."""
+    """Foresee memory, traffic, hours and cost of a run.
+
+    The GPUs need not be here. Last comes the job that would run it.
+    """
     from dist_train.forecast.hardware import device
     from dist_train.forecast.plan import plan as foresee
     from dist_train.recipe import Recipe

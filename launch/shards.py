@@ -48,7 +48,10 @@ def pack(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Pack a source into tar shards with their index; after a kill the same command goes on."""
+    """Pack a source into tar shards with their index.
+
+    After a kill the same command goes on.
+    """
     from dist_train.data_shards.sources import pack as pack_source
     from dist_train.settings import read_assignments
 
@@ -81,7 +84,10 @@ def index(
     decode: Annotated[bool, typer.Option(help="Read every sample, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Index tars that came from elsewhere, or leave out of a set what is damaged."""
+    """Index tars that came from elsewhere.
+
+    With --on-damage skip, what is damaged is left out.
+    """
     from dist_train.data_shards.indexing import index_shards
 
     answer(
@@ -101,7 +107,10 @@ def tokenizer(
     split: Annotated[str, typer.Option(help="The split to train on.")] = "train",
     as_json: Json = False,
 ) -> None:
-    """Train a tokenizer on the texts of a set, and keep it beside them for the transform `tokenise`."""
+    """Train a tokenizer on the texts of a set.
+
+    It is kept beside them, for the transform `tokenise`.
+    """
     from dist_train.data_shards.train_tokenizer import train_tokenizer
 
     names = fields.split(",") if fields else []

@@ -86,7 +86,7 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw images or text from a trained run; of a translator: the translation of the prompt."""
+    """Draw images or text from a trained run, or translate a prompt."""
     from dist_train import trained
 
     asked = {
@@ -138,7 +138,10 @@ def ensemble(
     plot: Annotated[Path | None, typer.Option(help="A PNG: the reliability diagram.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge trained members together: accuracy, likelihood, calibration, disagreement."""
+    """Judge the members of an ensemble, alone and together.
+
+    By accuracy, likelihood, calibration and disagreement.
+    """
     from dist_train.trained.ensemble import ensemble as judge_together
 
     answer(

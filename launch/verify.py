@@ -36,7 +36,10 @@ def verify(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Prove for this recipe: one process = N ranks, ZeRO 1-3, fsdp2 = killed and resumed. Exit 1 when one differs."""
+    """Prove that ranks, sharding and kills leave a run the same.
+
+    One process = N ranks under ddp, ZeRO 1-3 and fsdp2 = killed and resumed. Exit 1 when one differs.
+    """
     from dist_train.recipe import Recipe
     from dist_train.verify import verify as prove
 

@@ -67,6 +67,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
     listed = done.stdout.partition("Commands:")[2].splitlines()
     assert [line.split()[0] for line in listed if line.strip()] == COMMANDS
+    assert not [line for line in listed if line.endswith("...")]  # a sentence that is cut
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -42,7 +42,10 @@ def sweep(
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Search for the best settings of a recipe: many runs, on this machine, Ray or Slurm."""
+    """Search for the best settings of a recipe by many runs.
+
+    They run on this machine, Ray or Slurm.
+    """
     from dist_train.launch.sweep import sweep as run_sweep
     from dist_train.launch.sweep.preview import show
 
