@@ -26,6 +26,13 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def how_to_make(run: Path) -> str:
+    """What trains a run that is not there, as recipes name those that they need: after one that comes with dist-train;
+    nothing of others."""
+    known = run.name in recipe_names()
+    return f"; first `dist-train train {run.name} --run-dir {run}`" if known else ""
+
+
 def read_assignments(texts: Sequence[str]) -> dict[str, Any]:
     """`["block=256"]` as {"block": 256}: each value is read as YAML, dots in a key go deeper."""
     settings: dict[str, Any] = {}

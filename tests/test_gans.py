@@ -325,7 +325,11 @@ def test_turns() -> None:
         ({"num_classes": -1}, "num_classes: got -1"),
         (
             {"judge": "nowhere"},
-            "judge: got '.*nowhere', expected the run directory of a classifier",
+            "judge: got '.*nowhere', expected the run directory of a classifier$",
+        ),
+        (
+            {"judge": "runs/lenet-mnist"},
+            "classifier; first `dist-train train lenet-mnist --run-dir .*runs/lenet-mnist`",
         ),
     ],
 )

@@ -209,6 +209,7 @@ def test_the_hub_is_read_from_its_cache(
     ("weights", "message"),
     [
         ({"from": "nowhere"}, "weights.from: got 'nowhere', expected a run directory"),
+        ({"from": "mlp-fashion"}, "first `dist-train train mlp-fashion --run-dir .*mlp-fashion`"),
         ({"from": "{places}/run", "averages": "emma"}, "did you mean 'ema'"),
         (
             {"from": "{places}/export", "averages": "ema"},

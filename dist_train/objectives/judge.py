@@ -12,6 +12,7 @@ from dist_train.data_shards.index import Index
 from dist_train.data_shards.sources import locate
 from dist_train.errors import UserError
 from dist_train.recipe import Recipe
+from dist_train.settings import how_to_make
 
 WHERE = "objective.judge"
 
@@ -27,7 +28,9 @@ class Judge:
 
     def __init__(self, run: Path) -> None:
         if not (run / "recipe.yaml").is_file():
-            raise UserError(f"judge: got '{run}', expected the run directory of a classifier")
+            raise UserError(
+                f"judge: got '{run}', expected the run directory of a classifier{how_to_make(run)}"
+            )
         recipe = Recipe.load(run)
         if recipe.objective["name"] != "classification" or recipe.members is not None:
             raise UserError(

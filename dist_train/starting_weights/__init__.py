@@ -16,6 +16,7 @@ from dist_train import checkpoint
 from dist_train.engine.views import plain_name
 from dist_train.errors import UserError
 from dist_train.run_directory import write_file
+from dist_train.settings import how_to_make
 from dist_train.starting_weights.hub import HUB, download
 from dist_train.starting_weights.match import Match, fit
 from dist_train.starting_weights.sources import Source, open_source
@@ -49,7 +50,7 @@ def find(weights: Weights, root: Path, where: str = "weights") -> Path:
     reason = f"only {pickled[0]}, a pickle, which is never read" if pickled else "nothing"
     raise UserError(
         f"{where}.from: got '{source}', expected a run directory, a checkpoint, a .safetensors file, a folder with"
-        f" model.safetensors, or hf://ORG/MODEL; there is {reason} at {path}"
+        f" model.safetensors, or hf://ORG/MODEL; there is {reason} at {path}{how_to_make(path)}"
     )
 
 
