@@ -88,10 +88,12 @@ def train(
             "(WORLD_SIZE is set), expected one of the two"
         )
 
-    if seeds is not None and (quick or overfit or max_restarts):
+    if seeds is not None and (quick or until or overfit or max_restarts):
         raise UserError(
-            "--seeds: not together with --quick, --overfit or --max-restarts: each seed is a whole run"
+            "--seeds: not together with --quick, --until, --overfit or --max-restarts: each seed is a whole run"
         )
+    if quick and until:
+        raise UserError(f"--until {until}: not together with --quick, which is two steps")
     if ranks is not None:
         warm_up()  # which imports what ranks need, while this process imports what checks need
 

@@ -91,6 +91,13 @@ def test_mistakes_as_json(capfd):
     assert err == ""
 
 
+@pytest.mark.parametrize("words", [["--seeds", "2"], ["--quick"]])
+def test_a_pause_that_would_not_be_heard_is_refused(words, capfd):
+    assert main(["train", "resnet-mnist", "--until", "1 epoch", *words]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert "--until" in line and "not together" in line
+
+
 @pytest.mark.parametrize("words", [["new"], ["shards", "pack", "digits"]])
 def test_where_nothing_can_be_written_is_one_line(words, tmp_path, capfd):
     (tmp_path / "file").touch()

@@ -15,6 +15,7 @@ import torch
 from parity_models import family_recipe
 
 from dist_train.callbacks import Callback
+from dist_train.diagnose.landscape import landscape
 from dist_train.run_directory import RunDirectory
 from dist_train.testing import assert_same_run, spawn_ranks, tiny_run
 from dist_train.trainer import Trainer
@@ -124,6 +125,20 @@ def test_images_are_transformed_on_the_gpu(model: str, tiny_data: Path, tmp_path
         run = tiny_run(here, tmp_path / where, steps=STEPS)
         rows.append([v for k, v in RunDirectory.open(run).rows()[-1].items() if "loss" in k])
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+
+
+def test_the_landscape_is_that_of_the_cpu(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics of batch norm are on the GPU; checkpoints and evaluation batches come from the CPU."""
+    recipe = cases.tiny_recipe("resnet", tiny_data, strategy="single")
+    section = {"split": "test", "every": f"{STEPS} steps", "metrics": ["loss"]}
+    run = tiny_run(recipe.set("evaluate", section), tmp_path / "run", steps=STEPS)
+    here = landscape(run, batches=1, steps=2, grid=3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = landscape(run, batches=1, steps=2, grid=3)
+    assert here["loss"] == pytest.approx(there["loss"], rel=1e-3)
+    assert here["gradient_norm"] == pytest.approx(there["gradient_norm"], rel=1e-2)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -105,10 +105,12 @@ def landscape(
         raise UserError(f"{run_dir}: expected a run of one player with an evaluate section")
     ((player, engine),) = trainer.engines.items()
     names = {name: weight.shape for name, weight in engine.trained.items()}
-    micros = [micro for _, micro in zip(range(batches), trainer.evaluation, strict=False)]
+    device = trainer.world.device
+    chosen = zip(range(batches), trainer.evaluation, strict=False)
+    micros = [micro.to(device) for _, micro in chosen]
 
     def loss(flat: Tensor) -> Tensor:
-        parts = flat.float().split([shape.numel() for shape in names.values()])
+        parts = flat.to(device).float().split([shape.numel() for shape in names.values()])
         weights = {n: part.view(names[n]) for n, part in zip(names, parts, strict=True)}
         whole = {**trainer.full_weights(player), **weights}
         calls = {n: engine.evaluated(n, whole) for n in engine.player.networks}
