@@ -15,10 +15,10 @@ from dist_train.callbacks.stragglers import Stragglers
 from dist_train.data import RunData, data_folders, evaluation_batches, evaluation_sets
 from dist_train.data_shards.tokens import load as load_tokenizer
 from dist_train.duration import Duration
-from dist_train.engine import make_engine
+from dist_train.engine import Engine, make_engine
 from dist_train.errors import UserError
 from dist_train.metrics import Metric
-from dist_train.networks import hollow
+from dist_train.networks import Player, hollow
 from dist_train.networks.deferred import construct
 from dist_train.networks.initialisation import initialise
 from dist_train.networks.members import stacked, stacked_names
@@ -65,46 +65,13 @@ def build(
     if recipe.evaluate is not None:
         evaluation = evaluation_batches(recipe, world, recipe.evaluate.split)
         sets = evaluation_sets(recipe, world)
-    given: dict[str, Any] = {"statistics": data.statistics, "root": recipe.root}
-    part = components.resolve("objective", recipe.objective["name"], "objective.name")
-    if "tokenizer" in components.arguments(part):
-        folders = data_folders(recipe)
-        if not folders:
-            raise UserError(
-                f"objective: {recipe.objective['name']} reads the tokenizer beside its data, and these are remote;"
-                " give data.path a folder of this machine"
-            )
-        given["tokenizer"] = load_tokenizer(folders[0])
-    objective: Objective = components.build("objective", recipe.objective, "objective", **given)
+    objective = _objective(recipe, data)
     networks = make_networks(recipe, data.known, model, world.device)
-    micro_batches = recipe.data.global_batch // recipe.data.micro_batch // world.size
     players = make_players(networks, recipe, world, objective.given)
-    engines = {}
-    for player, modules in networks.items():
-        spec = recipe.optimizers[player]
-
-        settings = recipe.group_settings[player]
-        groups = partial(
-            parameter_groups,
-            weight_decay=spec.get("weight_decay", 0.0),
-            settings=settings,
-            rule_of=assign(modules, settings, recipe.where_of("optimizer", player)),
-            stacked=stacked_names(modules),
-        )
-
-        def optimizer(groups: Any, spec: dict[str, Any] = spec, player: str = player) -> Any:
-            where = f"optimizer of {player}"
-            return heed_groups(components.build("optimizer", spec, where, groups=groups))
-
-        engines[player] = make_engine(
-            recipe.strategies[player],
-            players[player],
-            groups,
-            optimizer,
-            world,
-            given=player in objective.given,
-            micro_batches=micro_batches,
-        )
+    engines = {
+        player: _engine(recipe, player, modules, players[player], objective, world)
+        for player, modules in networks.items()
+    }
     for engine in engines.values():
         engine.checks_order = any(e.views.by_layer for e in engines.values())
     steps = Duration.parse(recipe.duration).steps(
@@ -131,6 +98,54 @@ def build(
         evaluation_sets=sets,
     )
     return trainer
+
+
+def _objective(recipe: Recipe, data: RunData) -> Objective:
+    """With what it asks for of the data: statistics, or the tokenizer beside them."""
+    given: dict[str, Any] = {"statistics": data.statistics, "root": recipe.root}
+    part = components.resolve("objective", recipe.objective["name"], "objective.name")
+    if "tokenizer" in components.arguments(part):
+        folders = data_folders(recipe)
+        if not folders:
+            raise UserError(
+                f"objective: {recipe.objective['name']} reads the tokenizer beside its data, and these are remote;"
+                " give data.path a folder of this machine"
+            )
+        given["tokenizer"] = load_tokenizer(folders[0])
+    return components.build("objective", recipe.objective, "objective", **given)
+
+
+def _engine(
+    recipe: Recipe,
+    player: str,
+    modules: Mapping[str, nn.Module],
+    networks: Player,
+    objective: Objective,
+    world: World,
+) -> Engine:
+    """The engine of one player, whose networks are these modules as the recipe wants them to run."""
+    spec, settings = recipe.optimizers[player], recipe.group_settings[player]
+    where = recipe.where_of("optimizer", player)
+    groups = partial(
+        parameter_groups,
+        weight_decay=spec.get("weight_decay", 0.0),
+        settings=settings,
+        rule_of=assign(modules, settings, where),
+        stacked=stacked_names(modules),
+    )
+
+    def optimizer(groups: Any) -> Any:
+        return heed_groups(components.build("optimizer", spec, where, groups=groups))
+
+    return make_engine(
+        recipe.strategies[player],
+        networks,
+        groups,
+        optimizer,
+        world,
+        given=player in objective.given,
+        micro_batches=recipe.data.global_batch // recipe.data.micro_batch // world.size,
+    )
 
 
 def make_networks(
