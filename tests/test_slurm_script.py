@@ -15,10 +15,13 @@ import pytest
 
 from dist_train.errors import UserError
 from dist_train.launch import requeue
-from dist_train.launch.backend import Job
+from dist_train.launch.backend import Job, Status
 from dist_train.launch.slurm import SCRIPT, Slurm
 from dist_train.launch.spec import Spec, make_spec
+from dist_train.launch.sweep.conduct import End, Task
+from dist_train.launch.sweep.slurm import Slurm as Trials
 from dist_train.run_directory import RunDirectory
+from dist_train.search import Leg
 
 FAKES = """
 scontrol() { printf 'first\\nsecond\\n'; }
@@ -302,6 +305,37 @@ def test_done_and_mistakes_end_it(queue: dict[str, Any], code: int) -> None:
     assert queue["asked"] == []
     ended = queue["run"].path / "logs" / "job.ended"
     assert json.loads(ended.read_text()) == {"code": code}
+
+
+def test_a_sweep_outlasts_a_controller_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs go on meanwhile: it asks again, where it would else end and take them with it."""
+    answers: list[Any] = [
+        UserError("squeue: Unable to contact slurm controller"),
+        "running",
+        "done",
+    ]
+
+    class Queue(Slurm):
+        def status(self, job: Job) -> Status:
+            answer = answers.pop(0)
+            if isinstance(answer, UserError):
+                raise answer
+            return Status(answer)
+
+    monkeypatch.setattr("dist_train.launch.sweep.slurm.LOOK", 0.0)
+    monkeypatch.setattr("dist_train.launch.sweep.slurm.ASK", -1.0)
+    (tmp_path / "code").mkdir()
+    one = replace(job(tmp_path / "run"), id="7")
+    one.run_dir.mkdir()
+    one.write()
+    place = Trials(None, one.spec, tmp_path)  # type: ignore[arg-type]
+    place.queue = Queue()
+    task = Task(Leg(0, {}), one.run_dir, None, None)  # type: ignore[arg-type]
+    place._jobs.append((task, one))
+    assert [place.ended() for _ in range(3)] == [[], [], [End(task)]]
+    assert answers == [] and place.tasks == []
 
 
 def test_the_committed_template_names_no_secret_and_no_blanket_export() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
+from dist_train.errors import UserError
 from dist_train.launch.backend import RECORD, Job
 from dist_train.launch.slurm import ENDED
 from dist_train.launch.slurm import Slurm as Queue
@@ -18,6 +20,8 @@ from dist_train.run_directory import write_file
 LOOK, ASK = 0.5, 10.0
 """Seconds between two looks at what the jobs have noted, and between two questions to Slurm about all of them."""
 OPEN = ("waiting", "running")
+
+log = logging.getLogger(__name__)
 
 
 class Slurm(Place):
@@ -83,7 +87,11 @@ class Slurm(Place):
     def _looked_at(self, task: Task, job: Job) -> list[End]:
         """What became of a job; nothing while it waits or runs."""
         job.id = Job.read(task.run_dir).id  # one that Slurm refused to requeue has a successor
-        status = self.queue.status(job)
+        try:
+            status = self.queue.status(job)
+        except UserError as refusal:  # slurmctld is away: jobs go on without it
+            log.warning("trial %d: %s", task.leg.trial, refusal)
+            return []
         if status.state in OPEN:
             return []
         self._jobs.remove((task, job))
