@@ -59,12 +59,18 @@ def _flat(result: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]
     for key, value in result.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{path}{key}.")
-        elif isinstance(value, float):
-            yield f"{path}{key}", f"{value:.6g}"
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            yield f"{path}{key}", ", ".join(value) or "none"
         else:
-            yield f"{path}{key}", "none" if value is None else str(value)
+            yield f"{path}{key}", _text(value)
+
+
+def _text(value: Any) -> str:
+    if value is None or value in ("", []):
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list) and all(isinstance(item, str | float) for item in value):
+        return ", ".join(map(_text, value))
+    return str(value)
 
 
 @contextmanager

@@ -201,6 +201,15 @@ def test_stdout_is_the_result_even_if_the_work_prints(capfd, monkeypatch):
     assert err == "from a library\n"
 
 
+def test_a_table_shows_what_is_there_and_what_is_not(capfd, monkeypatch):
+    found = {"deep": {"rates": [0.1, 1 / 3], "names": ["a", "b"]}, "stopped": "", "shape": [2, 3]}
+    monkeypatch.setattr("dist_train.launch.doctor.examine", lambda: found | {"lost": []})
+    assert main(["doctor"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines())
+    assert lines["deep.rates"] == "0.1, 0.333333" and lines["deep.names"] == "a, b"
+    assert lines["stopped"] == lines["lost"] == "none" and lines["shape"] == "[2, 3]"
+
+
 def test_only_rank_0_prints(capfd, monkeypatch):
     monkeypatch.setattr("dist_train.launch.doctor.examine", dict)
     monkeypatch.setenv("RANK", "1")
