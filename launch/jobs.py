@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import UserError, nearest
-from dist_train.launch.backend import BACKENDS, RECORD, Backend, Job, backend
+from dist_train.launch.backend import BACKENDS, RECORD, Backend, Job, Status, backend
 from dist_train.launch.preflight import check_directory, check_recipe, check_room
 from dist_train.launch.snapshot import take_snapshot
 from dist_train.launch.spec import make_spec
@@ -145,7 +145,12 @@ def statuses(run: str | None) -> dict[str, dict[str, str]]:
     everyone = (Job.read(path.parent) for path in sorted(RUNS.glob(f"*/*/{RECORD}")))
     found = {}
     for job in everyone if run is None else [find(run)]:
-        state = backend(job.spec.on).status(job)
+        try:
+            state = backend(job.spec.on).status(job)
+        except UserError as error:  # of where nobody answers; the others are shown all the same
+            if run is not None:
+                raise
+            state = Status("unknown", str(error))
         found[job.run_dir.name] = {
             "on": job.spec.on,
             "job": job.id,

@@ -22,7 +22,7 @@ from dist_train.forecast.footprint import RESERVED, rank_memory
 from dist_train.forecast.hardware import DEVICES
 from dist_train.forecast.tracing import foresee
 from dist_train.launch.backend import BACKENDS, Backend, Job, Status, follow
-from dist_train.launch.jobs import members, prepare
+from dist_train.launch.jobs import members, prepare, statuses
 from dist_train.launch.local import HELD, Local
 from dist_train.launch.preflight import rank_limit
 from dist_train.launch.snapshot import take_snapshot
@@ -266,6 +266,25 @@ def test_what_runs_already_is_left_as_it_is(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is running already"):
             Local().submit(job)
         assert Local().status(job).state == "running"
+
+
+def test_one_that_cannot_be_asked_about_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    for name, on in (("far-abc", "slurm"), ("near-abc", "local")):
+        run_dir = tmp_path / "runs" / "project" / name
+        (run_dir / "logs").mkdir(parents=True)
+        Job(Spec(on=on), name, run_dir, tmp_path, id="7").write()
+    found = statuses(None)
+    assert {name: one["state"] for name, one in found.items()} == {
+        "far-abc": "unknown",
+        "near-abc": "failed",
+    }
+    assert "no squeue on this machine" in found["far-abc"]["detail"]
+    with pytest.raises(UserError, match="no squeue on this machine"):
+        statuses("far")
 
 
 def test_output_is_followed_whatever_it_is_cut_into(tmp_path: Path) -> None:
