@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -305,6 +306,21 @@ def test_done_and_mistakes_end_it(queue: dict[str, Any], code: int) -> None:
     assert queue["asked"] == []
     ended = queue["run"].path / "logs" / "job.ended"
     assert json.loads(ended.read_text()) == {"code": code}
+
+
+@pytest.mark.parametrize("gpus", ["8", "h100:8"])
+def test_gpus_of_a_kind_are_counted_for_ray(tmp_path: Path, gpus: str) -> None:
+    """What `sbatch --gpus-per-node=h100:8` exports."""
+    for name, line in (("scontrol", "echo n1"), ("srun", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_GPUS_PER_NODE": gpus}
+    environ |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    script = Path(__file__).parents[1] / "slurm" / "ray.sbatch"
+    command = ["bash", str(script), str(tmp_path / "run"), "tiny"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    words = done.stdout.splitlines()
+    assert words[words.index("--gpus-per-node") + 1] == "8", done.stderr
 
 
 def test_a_sweep_outlasts_a_controller_that_is_away(
