@@ -179,11 +179,25 @@ def parse(text: str, where: str) -> Tokenizer:
             return ByteTokenizer()
         if kind == "character":
             return CharacterTokenizer(values["characters"])
-        return BytePairTokenizer(_library().Tokenizer.from_str(text))
+        return _byte_pairs(_library().Tokenizer.from_str(text), where)
     except UserError:
         raise
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{where}: not a tokenizer ({error})") from error
+
+
+def _byte_pairs(model: Any, where: str) -> BytePairTokenizer:
+    """As it encodes whole texts: a file may also say where others cut or pad them."""
+    model.no_truncation()
+    model.no_padding()
+    tokenizer = BytePairTokenizer(model)
+    last = model.get_added_tokens_decoder().get(tokenizer.boundary)
+    if last is None or not last.special:  # an id of text would be left out of every text
+        raise UserError(
+            f"{where}: its last id, {tokenizer.boundary}, is {model.id_to_token(tokenizer.boundary)!r},"
+            f" expected a special token that no text becomes, like {BOUNDARY}"
+        )
+    return tokenizer
 
 
 def _library() -> Any:

@@ -60,6 +60,19 @@ def test_wrong_kinds() -> None:
         tokens.parse('{"kind": "character"}', "x")
 
 
+def test_a_tokenizer_from_elsewhere_loses_nothing() -> None:
+    """Not by its truncation and padding, and not because its last id is a piece of text."""
+    library = pytest.importorskip("tokenizers")
+    model = tokens.train("bpe", iter(TEXTS), 300).model
+    model.enable_truncation(4)
+    model.enable_padding(length=1000)
+    read = tokens.parse(model.to_str(), "here")
+    assert all(read.decode(read.encode(text)) == text for text in TEXTS)
+    plain = library.Tokenizer(model.model)  # the same merges, no boundary
+    with error("here: its last id, 298, is '.*', expected a special token"):
+        tokens.parse(plain.to_str(), "here")
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     for split in ("train", "validation"):
