@@ -70,6 +70,10 @@ def test_tables(tmp_path: Path, kind: str) -> None:
         ({"fields": "cls=name,cls=age"}, "comes twice"),
         ({"key": "nam"}, "key 'nam'"),
         ({"fields": "x.npy=name"}, "row '000000000': column 'name' cannot be 'x.npy'"),
+        (
+            {"fields": "cls=bmi"},
+            "row '000000001': column 'bmi' cannot be 'cls': 0.5 is not a whole number",
+        ),
         ({"key": "digit"}, "key 'even'.*appears twice"),
         ({"split": "a=b"}, "split 'a=b'"),
         ({"block": 3}, "no option 'block'"),

@@ -60,7 +60,11 @@ class Field:
         return lambda values: content(values[0])
 
     def _label(self, value: Any) -> int:
-        return self.classes[value] if isinstance(value, str) else int(value)
+        if isinstance(value, str):
+            return self.classes[value]
+        if value != int(value):
+            raise ValueError(f"{value} is not a whole number")
+        return int(value)
 
     def __call__(self, row: Mapping[str, Any]) -> Any:
         values = [row[name] for name in self.columns]
