@@ -82,7 +82,17 @@ def test_variance_of_a_weight(spec: dict[str, Any], variance: float) -> None:
 
 def test_fans_of_a_transposed_convolution() -> None:
     assert fans(nn.Conv2d(3, 5, 4).weight) == (3 * 16, 5 * 16)
-    assert fans(nn.ConvTranspose2d(3, 5, 4).weight, transposed=True) == (3 * 16, 5 * 16)
+    assert fans(nn.ConvTranspose2d(3, 5, 4).weight, transposed=(1, 1)) == (3 * 16, 5 * 16)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(4, 2), (3, 1), (2, 2)])
+def test_a_transposed_convolution_keeps_the_variance(kernel: int, stride: int) -> None:
+    """Of its kernel an output meets one weight in stride x stride."""
+    torch.manual_seed(5)
+    up = nn.ConvTranspose2d(32, 32, kernel, stride)
+    initialise(up, {"name": "lecun"})
+    inside = up(torch.randn(8, 32, 16, 16)).detach()[..., kernel:-kernel, kernel:-kernel]
+    assert float(inside.var()) == pytest.approx(1.0, rel=0.1)
 
 
 def test_norms_and_embeddings_keep_their_own() -> None:

@@ -8,7 +8,7 @@ stands in a module without such a weight, like a norm, keeps the model's own sta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,7 @@ def initialise(network: nn.Module, spec: Mapping[str, Any], where: str = "init")
                 continue
             drawn.add(id(parameter))
             if parameter.ndim >= 2:
-                into, out = fans(parameter, transposed=isinstance(module, TRANSPOSED))
+                into, out = fans(parameter, module.stride if isinstance(module, TRANSPOSED) else ())
                 components.build("init", scheme, where, weight=parameter, fan_in=into, fan_out=out)
             elif "bias" in name:
                 parameter.fill_(bias)
@@ -48,11 +48,14 @@ def initialise(network: nn.Module, spec: Mapping[str, Any], where: str = "init")
         raise UserError(f"{where}: {type(network).__name__} has no weight with 2 axes or more")
 
 
-def fans(weight: Tensor, transposed: bool = False) -> tuple[int, int]:
-    """(fan_in, fan_out) of a weight (out, in, *kernel), or (in, out, *kernel) where transposed."""
+def fans(weight: Tensor, transposed: Sequence[int] = ()) -> tuple[float, float]:
+    """(fan_in, fan_out) of a weight (out, in, *kernel), or (in, out, *kernel) of a convolution `transposed` by strides:
+    of its kernel an output meets, in the mean, one weight in as many as the product of the strides."""
     kernel = math.prod(weight.shape[2:])
-    out, into = weight.shape[:2]
-    return (out * kernel, into * kernel) if transposed else (into * kernel, out * kernel)
+    first, second = weight.shape[:2]
+    if transposed:
+        return first * kernel / math.prod(transposed), second * kernel
+    return second * kernel, first * kernel
 
 
 def gaussian(weight: Tensor, std: float = 0.01) -> None:
@@ -62,8 +65,8 @@ def gaussian(weight: Tensor, std: float = 0.01) -> None:
 
 def xavier(
     weight: Tensor,
-    fan_in: int,
-    fan_out: int,
+    fan_in: float,
+    fan_out: float,
     gain: float = 1.0,
     distribution: Literal["normal", "uniform"] = "uniform",
 ) -> None:
@@ -76,8 +79,8 @@ def xavier(
 
 def he(
     weight: Tensor,
-    fan_in: int,
-    fan_out: int,
+    fan_in: float,
+    fan_out: float,
     mode: Literal["fan_in", "fan_out"] = "fan_in",
     distribution: Literal["normal", "uniform"] = "normal",
 ) -> None:
@@ -89,7 +92,7 @@ def he(
 
 
 def lecun(
-    weight: Tensor, fan_in: int, distribution: Literal["normal", "uniform"] = "normal"
+    weight: Tensor, fan_in: float, distribution: Literal["normal", "uniform"] = "normal"
 ) -> None:
     """Variance 1 / fan_in (LeCun et al. 1998, Efficient BackProp, section 4.6)."""
     _draw(weight, math.sqrt(1.0 / fan_in), distribution)
