@@ -326,7 +326,8 @@ class TokenisePair:
     """Make `source` and `target` of the texts in two fields, for translation.
 
     A source is its ids and the boundary; a target the boundary, its ids and the boundary: the last id of the tokenizer
-    is both <bos> and <eos>. Of either at most `length` ids are kept, and of what is cut so the end is not marked.
+    is both <bos> and <eos>. Of either at most `length` + 1 ids are kept, boundaries among them, which a Transformer's
+    `max_length` must hold; of what is cut so the end is not marked.
     `tokenizer` as in `tokenise`.
     """
 

@@ -85,6 +85,13 @@ def test_discrete_likelihoods_sum_to_1_over_the_levels(name: str) -> None:
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(len(rows), dtype=F64))
 
 
+def test_a_discretised_logistic_can_be_sure_of_a_level() -> None:
+    level = torch.tensor([[100 / 255]], dtype=F64)
+    sure = torch.stack([level, torch.full_like(level, -20.0)], dim=1)  # (1, 2, 1)
+    log_p = LIKELIHOODS["discretised_logistic"].log_probability(sure, level, 1.0)
+    assert 1 - 1e-3 < float(log_p.exp()) < 1
+
+
 class Linear:
     """x = W z + b + noise: log p(x) and the posterior are known."""
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 256
-LEAST_LOG_SCALE = -7.0
-"""Of a discretised logistic: at it, one level has all the mass to 1e-3 already."""
+LEAST_LOG_SCALE = -8.3
+"""Of a discretised logistic: at it, the level at its mean has all the mass to 1e-3 already."""
 
 
 @dataclass(frozen=True)
