@@ -393,6 +393,15 @@ def test_what_only_spreads_a_run_may_change(tiny_data: Path, half: Path, tmp_pat
     assert_same_run(whole, half)
 
 
+def test_the_console_says_how_a_run_ended(
+    tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = short(tiny_data).set("callbacks.console", {})
+    for until, end in ((3, "paused  step 3"), (None, "done  step 6")):
+        train(recipe, run_dir=tmp_path / "run", resume="auto", until=until)
+        assert capfd.readouterr().err.splitlines()[-1].startswith(end)
+
+
 def test_resume_auto_starts_afresh_where_there_is_nothing(tiny_data: Path, tmp_path: Path) -> None:
     train(short(tiny_data), run_dir=tmp_path / "plain")
     result = train(short(tiny_data), run_dir=tmp_path / "auto", resume="auto")

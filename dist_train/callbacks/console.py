@@ -76,7 +76,9 @@ class Console(Callback):
         if self._screen is None:
             return
         screen = self._close()
-        end = f"stopped: {run.stopping}" if run.stopping else "done"
+        end = "done" if run.step >= run.total_steps else "paused"
+        if run.stopping:
+            end = f"stopped: {run.stopping}"
         if run.cut_short or not run.is_last:
             end = f"interrupted by {run.interruption.reason}, saved"
         line = Text.assemble((end, "bold green"), f"  step {run.step:,}  {clock(run.seconds)}")
