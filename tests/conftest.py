@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # ranks import the cases that tests hand to them
 
 os.environ["WANDB_MODE"] = "disabled"
-os.environ.setdefault("DIST_TRAIN_TIMEOUT", "30")
+os.environ.setdefault("DIST_TRAIN_TIMEOUT", "120")
 os.fsync = lambda handle: None  # no test cuts the power, and each costs 10 ms; as in `cases`
 
 FIRST = (

@@ -24,7 +24,7 @@ from dist_train.world import World
 
 @pytest.fixture(scope="module")
 def recomputed() -> dict[str, list[float]]:
-    return spawn_ranks(2, cases.recomputed, timeout=120)[0]
+    return spawn_ranks(2, cases.recomputed, timeout=240)[0]
 
 
 @pytest.mark.parametrize("strategy", cases.STRATEGIES)

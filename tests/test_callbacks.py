@@ -55,7 +55,7 @@ def ranks(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     }
     for count in (2, 3):
         found[count] = spawn_ranks(
-            count, engine_cases.callbacks_in_ranks, str(tiny_data), few, str(folder), timeout=90
+            count, engine_cases.callbacks_in_ranks, str(tiny_data), few, str(folder), timeout=240
         )[0]
     return found
 
@@ -134,7 +134,7 @@ def test_ema_where_a_rank_holds_nothing(tiny_data: Path, tmp_path: Path) -> None
     recipe = short(tiny_data).set("model", {"name": "engine_cases:OneRow"})
     train(recipe, run_dir=tmp_path / "one")
     sharded = [recipe.set("strategy", "fsdp2").as_dict(), str(tmp_path / "two"), None]
-    spawn_ranks(2, cases.train_cases, [sharded], timeout=60)
+    spawn_ranks(2, cases.train_cases, [sharded], timeout=240)
     one, two = (
         checkpoint.Reader(checkpoint.resolve(path)).whole("callbacks/ema/model.row.weight")
         for path in (tmp_path / "one", tmp_path / "two")
@@ -426,7 +426,7 @@ def test_samples_are_drawn_on_one_rank(tiny_data: Path, tmp_path: Path) -> None:
     recipe = recipe.set("objective.name", "engine_cases:DrawnByRank0")
     recipe = recipe.set("callbacks.samples", {"every": "3 steps", "count": 4, "weights": "ema"})
     run_dir = tmp_path / "run"
-    spawn_ranks(2, cases.train_cases, [[recipe.as_dict(), str(run_dir), None]], timeout=60)
+    spawn_ranks(2, cases.train_cases, [[recipe.as_dict(), str(run_dir), None]], timeout=240)
     for row in cases.RunDirectory(run_dir).rows():
         assert (run_dir / row["images"]["generator"]).is_file()
 

@@ -25,7 +25,7 @@ def crossed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("crossings"))
     saved: dict[str, Any] = {}
     for ranks, names in PLACES.items():
-        saved |= spawn_ranks(ranks, engine_cases.save_here, names, folder, timeout=120)[0]
+        saved |= spawn_ranks(ranks, engine_cases.save_here, names, folder, timeout=240)[0]
     loaded: dict[str, Any] = {}
     for ranks, names in PLACES.items():
         work = (engine_cases.load_here, list(saved), names, folder)

@@ -57,7 +57,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     state = two.pop("state")
     assert "error" not in state, state["error"]
     saved |= state["saved"]
-    (one,) = spawn_ranks(1, cases.load_here, list(saved), LOADERS, str(folder), timeout=60)
+    (one,) = spawn_ranks(1, cases.load_here, list(saved), LOADERS, str(folder), timeout=240)
     loaded = {**state["loaded"], **one}
     return {**two, "checks": checks, "saved": saved, "loaded": loaded, "folder": folder}
 
@@ -330,21 +330,21 @@ def test_ranks_that_use_different_parameters(
 
 @pytest.mark.parametrize("strategy", ("zero1", "zero2", "zero3"))
 def test_ranks_that_use_different_parameters_given(branched: dict[str, Any], strategy: str) -> None:
-    result = spawn_ranks(2, cases.branches_alone, strategy, True, timeout=60)[0]
+    result = spawn_ranks(2, cases.branches_alone, strategy, True, timeout=240)[0]
     assert difference(result["gradients"], branched) <= EXACT
 
 
 def test_frozen_views_whose_weights_have_one_element_a_rank() -> None:
     """A strided weight, as slices come from the others, has batch norm's backward compute something else."""
     truth = cases.plain_frozen()
-    for strategy, found in spawn_ranks(4, cases.frozen_of_four, timeout=60)[0].items():
+    for strategy, found in spawn_ranks(4, cases.frozen_of_four, timeout=240)[0].items():
         assert difference(found["generator"], truth["generator"]) <= EXACT, strategy
         assert difference(found["critic"], truth["critic"]) <= EXACT, strategy
 
 
 def test_ranks_that_use_different_parameters_by_layer_are_refused() -> None:
     """Each gathers what the other does not: all ranks say so before a weight changes."""
-    for result in spawn_ranks(2, cases.branches_by_layer, timeout=60):
+    for result in spawn_ranks(2, cases.branches_by_layer, timeout=240):
         assert "view_elements" in result["refusal"]
         assert result["untouched"]
 
@@ -355,7 +355,7 @@ def test_ranks_that_use_different_parameters_streamed(
 ) -> None:
     """DeepSpeed streams them in the order in which they come: an error, or the right sums, but never wrong ones."""
     try:
-        result = spawn_ranks(2, cases.branches_alone, strategy, False, timeout=60)[0]
+        result = spawn_ranks(2, cases.branches_alone, strategy, False, timeout=240)[0]
     except (UserError, RankFailed):
         return
     assert difference(result["gradients"], branched) <= EXACT

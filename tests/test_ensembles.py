@@ -173,7 +173,7 @@ def averaged(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     ours = ensemble.averaged(recipe, World(), folder / "one")
     save_file(ours, folder / "one.safetensors")
     ranks = spawn_ranks(
-        2, ensemble.strategies_in_ranks, STRATEGIES, str(tiny_data), str(folder), timeout=120
+        2, ensemble.strategies_in_ranks, STRATEGIES, str(tiny_data), str(folder), timeout=240
     )[0]
     return {"folder": folder, "recipe": recipe, "ours": ours, "ranks": ranks}
 

@@ -29,9 +29,9 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("states")
     pin_threads(1, 1)
     saved = cases.save_all(World(), ("single",), folder)
-    found = spawn_ranks(4, cases.four_ranks, str(folder), timeout=120)
+    found = spawn_ranks(4, cases.four_ranks, str(folder), timeout=240)
     loads = [f"{HYBRID}-4"], ["single", "fsdp2", "zero3"]
-    (one,) = spawn_ranks(1, cases.load_here, *loads, str(folder), timeout=60)
+    (one,) = spawn_ranks(1, cases.load_here, *loads, str(folder), timeout=240)
     loaded = found[0].pop("loaded") | one
     return {"ranks": found, "saved": saved | found[0]["saved"], "loaded": loaded, "folder": folder}
 
@@ -124,24 +124,24 @@ def test_hybrid_state_moves_bit_for_bit(hybrid: dict[str, Any], move: str) -> No
 def test_ranks_that_use_different_blocks_are_told() -> None:
     """Collectives are paired by their order: blocks of one size would silently be taken for each other."""
     for way in ("forward", "backward"):
-        assert set(spawn_ranks(2, cases.at_odds, way, True, timeout=60)) == {""}
-    for told in spawn_ranks(2, cases.at_odds, "forward", False, timeout=60):
+        assert set(spawn_ranks(2, cases.at_odds, way, True, timeout=240)) == {""}
+    for told in spawn_ranks(2, cases.at_odds, "forward", False, timeout=240):
         assert "called other blocks" in told and "\n" not in told
 
 
 def test_compiled_blocks_are_gathered_too() -> None:
     """torch's hooks stand outside of a compiled block, and break the graph of a compiled network at each."""
-    found = spawn_ranks(2, cases.compiled, timeout=120)[0]
+    found = spawn_ranks(2, cases.compiled, timeout=240)[0]
     for what in ("blocks", "network"):
         assert found[what]["frames"] >= 2
         assert difference(found[what]["weights"], found["nothing"]["weights"]) <= EXACT
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
-    (told,) = spawn_ranks(1, cases.single_number, timeout=60)
+    (told,) = spawn_ranks(1, cases.single_number, timeout=240)
     assert "net.temperature is a single number" in told
     assert "choose zero3 or ddp" in told
-    assert "without a call" in spawn_ranks(2, cases.at_odds, "weight", True, timeout=60)[0]
+    assert "without a call" in spawn_ranks(2, cases.at_odds, "weight", True, timeout=240)[0]
 
 
 def test_settings() -> None:

@@ -158,7 +158,7 @@ def test_activation_scale_changes_nothing_and_sees_the_layers(
 
 def test_activation_scale_of_a_hand_made_forward(tiny_data: Path, tmp_path: Path) -> None:
     """The first layer's deviation, from the weights and the micro-batch themselves; also by two ranks under ZeRO-3."""
-    (one, two) = spawn_ranks(2, cases.scales_in_ranks, str(tiny_data), str(tmp_path), timeout=120)
+    (one, two) = spawn_ranks(2, cases.scales_in_ranks, str(tiny_data), str(tmp_path), timeout=240)
     assert one == two
     found = json.loads(
         (tmp_path / "run" / "plots" / "activation-scale-model-00000000.json").read_text()

@@ -168,14 +168,14 @@ def saves(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train = (2, rank_cases.faulty, settings, str(folder / fault))
         if "aside" in fault:
             with pytest.raises(Interrupted):
-                spawn_ranks(*train, told, "", timeout=60)
+                spawn_ranks(*train, told, "", timeout=240)
             told = None
         with pytest.raises(RankFailed if "kill" in fault else Interrupted):
-            spawn_ranks(*train, told, fault, timeout=60)
+            spawn_ranks(*train, told, fault, timeout=240)
         shutil.copytree(folder / fault, folder / f"{fault}, left")
     unbroken = (settings, str(folder / "unbroken"), [])
     again = [(settings, str(folder / fault), []) for fault in SAVES]
-    spawn_ranks(2, rank_cases.interrupted, [unbroken, *again], timeout=120)
+    spawn_ranks(2, rank_cases.interrupted, [unbroken, *again], timeout=240)
     return folder
 
 

@@ -149,7 +149,7 @@ def test_a_turn_through_a_critic_of_which_no_rank_has_room_for_a_copy(
 ) -> None:
     """4 ranks; gathered whole, as a planted setting has it, it does not fit."""
     arguments = (large_cases.adversaries_limited, str(tiny_data), str(tmp_path))
-    found = spawn_ranks(4, *arguments, 0, timeout=100)[0]
+    found = spawn_ranks(4, *arguments, 0, timeout=240)[0]
     pin_threads(1, 1)
     alone = large_cases.adversaries(str(tiny_data), 0).set("strategy", "single")
     with parity.trainer_of(alone, World(), tmp_path / "alone") as trainer:
@@ -158,7 +158,7 @@ def test_a_turn_through_a_critic_of_which_no_rank_has_room_for_a_copy(
         trainer.train()
     assert found["losses"] == pytest.approx(kept.losses, rel=1e-6)
     with pytest.raises(RankFailed, match="allocate memory"):
-        spawn_ranks(4, *arguments, 10**9, timeout=100)
+        spawn_ranks(4, *arguments, 10**9, timeout=240)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux")
@@ -167,7 +167,7 @@ def test_an_optimiser_whose_state_has_room_on_a_disk_only(tiny_data: Path, tmp_p
     disk = tmp_path / "nvme"
     disk.mkdir()
     arguments = (large_cases.state_on_disk, str(tiny_data), str(tmp_path))
-    found = spawn_ranks(1, *arguments, str(disk), timeout=100)[0]
+    found = spawn_ranks(1, *arguments, str(disk), timeout=240)[0]
     assert not list(disk.iterdir())
     pin_threads(1, 1)
     alone = large_cases.recipe(str(tiny_data), "single").set("evaluate", None)
@@ -178,7 +178,7 @@ def test_an_optimiser_whose_state_has_room_on_a_disk_only(tiny_data: Path, tmp_p
         trainer.train()
     assert found == pytest.approx(kept.losses, rel=1e-6)
     with pytest.raises(RankFailed, match="allocate memory"):
-        spawn_ranks(1, *arguments, None, timeout=100)
+        spawn_ranks(1, *arguments, None, timeout=240)
 
 
 def test_a_disk_without_room_or_folder_is_said_in_one_line(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_dry_run_needs_no_torch(tiny_data: Path, tmp_path: Path) -> None:
         "code = main(['launch', 'tiny.yaml', '--on', 'slurm', '--gpu', 'h100', '--dry-run'])\n"
         "sys.exit(code or 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], timeout=240, cwd=tmp_path)
     assert done.returncode == 0
 
 
@@ -343,7 +343,7 @@ def test_a_dry_run_imports_nothing_slow(tiny_data: Path, tmp_path: Path, on: str
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         cwd=tmp_path,
         env=os.environ | {"RAY_AUTH_TOKEN": "x"},
     )

@@ -114,6 +114,6 @@ def test_a_script_needs_no_main_guard() -> None:
     """Ranks do not run the user's script again: it may even come from standard input."""
     script = "from os import getpid\nfrom dist_train.ranks import start_ranks\nprint(len(start_ranks(2, getpid)))\n"
     done = subprocess.run(
-        [sys.executable, "-"], input=script, capture_output=True, text=True, timeout=60
+        [sys.executable, "-"], input=script, capture_output=True, text=True, timeout=240
     )
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr

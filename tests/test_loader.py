@@ -275,7 +275,7 @@ def test_workers_ignore_signals_and_end_with_the_process(
 ) -> None:
     """With both streams still open: no hang at exit, and no worker left."""
     command = [sys.executable, "-c", SCRIPT, str(folder / "images13"), ending]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, done.stderr
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 2

@@ -69,7 +69,9 @@ def test_flops_are_those_of_the_layers(
 def test_ranks_add_up(tiny_data: Path, tmp_path: Path) -> None:
     recipe = cases.tiny_recipe("transformer", tiny_data, duration="8 steps")
     recipe = recipe.set("callbacks.throughput", {}).set("log.every", "2 steps")
-    spawn_ranks(2, cases.train_cases, [[recipe.as_dict(), str(tmp_path / "run"), None]], timeout=60)
+    spawn_ranks(
+        2, cases.train_cases, [[recipe.as_dict(), str(tmp_path / "run"), None]], timeout=240
+    )
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert all(0 < row["share/communication"] < 1 for row in rows)

@@ -282,7 +282,7 @@ def test_confusion_counts_each_sample_once(tiny_data: Path, tmp_path: Path) -> N
     from dist_train.run_directory import RunDirectory
     from dist_train.testing import spawn_ranks
 
-    spawn_ranks(2, cases.confusion_run, str(tiny_data), str(tmp_path / "run"), timeout=100)
+    spawn_ranks(2, cases.confusion_run, str(tiny_data), str(tmp_path / "run"), timeout=240)
     (row,) = [r for r in RunDirectory.open(tmp_path / "run").rows() if "confusion" in r]
     counts = torch.tensor(row["confusion"])
     assert counts.sum() == 60

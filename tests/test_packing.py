@@ -168,7 +168,7 @@ def test_one_process_at_a_time(tmp_path: Path, processes) -> None:
     both = [processes.Process(target=pack, args=(tmp_path / "out", told)) for _ in range(2)]
     for process in both:
         process.start()
-    said = sorted(told.get(timeout=120) for _ in both)
+    said = sorted(told.get(timeout=240) for _ in both)
     for process in both:
         process.join(120)
     assert said[0] == "" and "exists already and is not an empty folder" in said[1]

@@ -72,8 +72,8 @@ def largest(first: list[float], second: list[float]) -> float:
 
 def test_float64_leaves_no_doubt(tiny_data: Path, tmp_path: Path) -> None:
     """In float64 20 free steps of two ranks under ddp are those of one process to 1e-10."""
-    one = spawn_ranks(1, cases.in_float64, "single", str(tiny_data), str(tmp_path), timeout=60)[0]
-    two = spawn_ranks(2, cases.in_float64, "ddp", str(tiny_data), str(tmp_path), timeout=60)[0]
+    one = spawn_ranks(1, cases.in_float64, "single", str(tiny_data), str(tmp_path), timeout=240)[0]
+    two = spawn_ranks(2, cases.in_float64, "ddp", str(tiny_data), str(tmp_path), timeout=240)[0]
     for model in cases.MODELS:
         found = largest(one[model], two[model])
         print(f"{model}: largest relative difference of a loss {found:.1e}")

@@ -88,7 +88,7 @@ def test_the_run_is_the_same(tiny_data: Path, tmp_path: Path) -> None:
         [made.set("duration", "6 steps").as_dict(), str(tmp_path / name), None]
         for name, made in (("two", recipe(tiny_data)), ("two-split", split))
     ]
-    spawn_ranks(2, cases.train_cases, pair, timeout=120)
+    spawn_ranks(2, cases.train_cases, pair, timeout=240)
     assert_same_run(tmp_path / "two", tmp_path / "two-split")
 
 

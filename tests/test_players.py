@@ -58,12 +58,12 @@ def test_pools_move_with_their_slots(tiny_data: Path, tmp_path: Path) -> None:
     """4 slots: broken on 2 ranks after 3 steps, gone on with 4 under another strategy, then 1; against unbroken."""
     data = str(tiny_data)
     unbroken = spawn_ranks(
-        1, cases.cycle_run, data, str(tmp_path / "unbroken"), "single", None, False, timeout=60
+        1, cases.cycle_run, data, str(tmp_path / "unbroken"), "single", None, False, timeout=240
     )[0]
     folder = str(tmp_path / "broken")
-    spawn_ranks(2, cases.cycle_run, data, folder, "ddp", 3, False, timeout=60)
-    spawn_ranks(4, cases.cycle_run, data, folder, "zero2", 6, True, timeout=60)
-    moved = spawn_ranks(1, cases.cycle_run, data, folder, "single", None, True, timeout=60)[0]
+    spawn_ranks(2, cases.cycle_run, data, folder, "ddp", 3, False, timeout=240)
+    spawn_ranks(4, cases.cycle_run, data, folder, "zero2", 6, True, timeout=240)
+    moved = spawn_ranks(1, cases.cycle_run, data, folder, "single", None, True, timeout=240)[0]
     assert unbroken["step"] == moved["step"] == 8
     assert sorted(unbroken["pools"]) == [f"memory/0000{i}/{d}" for i in range(4) for d in "ab"]
     assert difference(moved["pools"], unbroken["pools"]) <= EXACT

@@ -152,7 +152,7 @@ def recipe(tiny_data: Path, tmp_path: Path) -> Path:
     gate = {"name": "gated:Gate", "steps": list(GATES), "open": str(tmp_path / "open")}
     gated = plan.set("callbacks.gate", gate).set("callbacks.wandb", {"mode": "offline"})
     file.write_text(gated.to_yaml())
-    spawn_ranks(2, cases.train_case, plan.as_dict(), str(tmp_path / "whole"), "", None, timeout=120)
+    spawn_ranks(2, cases.train_case, plan.as_dict(), str(tmp_path / "whole"), "", None, timeout=240)
     return file
 
 
@@ -252,7 +252,7 @@ def test_a_sweep_by_tune_whose_trials_are_of_two_ranks(
     for run in runs:
         twin = tmp_path / f"twin-{run.name}"
         settings = Recipe.load(run).set("callbacks.gate", None).as_dict()
-        spawn_ranks(2, cases.train_case, settings, str(twin), "", None, timeout=120)
+        spawn_ranks(2, cases.train_case, settings, str(twin), "", None, timeout=240)
         assert_same_run(twin, run)
     environ = (runs[0] / "environment.json").read_text()
     assert '"world_size": 2' in environ and '"earlier": [\n    {' in environ

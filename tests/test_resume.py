@@ -62,7 +62,7 @@ def kill_and_resume(cover: list[Any], tiny_data: Path, folder: Path) -> Path:
         mine = [(n, case) for n, case in enumerate(cover) if case[2] == ranks]
         plans = {n: settings(model, strategy, tiny_data) for n, (model, strategy, _, _) in mine}
         whole = [[plans[n], str(folder / f"whole-{n}"), None] for n in plans]
-        spawn_ranks(ranks, cases.train_cases, whole, timeout=120)
+        spawn_ranks(ranks, cases.train_cases, whole, timeout=240)
         for n, (_, _, _, fault) in mine:
             with pytest.raises(RankFailed):
                 spawn_ranks(
@@ -72,10 +72,10 @@ def kill_and_resume(cover: list[Any], tiny_data: Path, folder: Path) -> Path:
                     str(folder / f"killed-{n}"),
                     fault,
                     None,
-                    timeout=60,
+                    timeout=240,
                 )
         again = [[plans[n], str(folder / f"killed-{n}"), "auto"] for n in plans]
-        spawn_ranks(ranks, cases.train_cases, again, timeout=120)
+        spawn_ranks(ranks, cases.train_cases, again, timeout=240)
     return folder
 
 
@@ -100,14 +100,14 @@ def test_elastic_run(tiny_data: Path, tmp_path: Path) -> None:
     """2 -> 1 -> 2 ranks, and ZeRO-2 -> DDP -> ZeRO-3: the same samples, losses within 10x the noise floor."""
     plan = lambda name: settings("transformer", name, tiny_data)
     whole, moved = str(tmp_path / "whole"), str(tmp_path / "moved")
-    spawn_ranks(2, cases.train_cases, [[plan("zero2"), whole, None]], timeout=60)
+    spawn_ranks(2, cases.train_cases, [[plan("zero2"), whole, None]], timeout=240)
     with pytest.raises(RankFailed):
-        spawn_ranks(2, cases.train_case, plan("zero2"), moved, "kill@step:1:7", None, timeout=60)
+        spawn_ranks(2, cases.train_case, plan("zero2"), moved, "kill@step:1:7", None, timeout=240)
     with pytest.raises(RankFailed):
-        spawn_ranks(1, cases.train_case, plan("ddp"), moved, "kill@step:0:7", "auto", timeout=60)
-    spawn_ranks(2, cases.train_cases, [[plan("zero3"), moved, "auto"]], timeout=60)
+        spawn_ranks(1, cases.train_case, plan("ddp"), moved, "kill@step:0:7", "auto", timeout=240)
+    spawn_ranks(2, cases.train_cases, [[plan("zero3"), moved, "auto"]], timeout=240)
     floors = [
-        spawn_ranks(1, _free, plan("single"), str(tmp_path / order), order, timeout=60)[0]
+        spawn_ranks(1, _free, plan("single"), str(tmp_path / order), order, timeout=240)[0]
         for order in ("forward", "reversed")
     ]
     floor = max(abs(a - b) for a, b in zip(*floors, strict=True))
@@ -172,7 +172,9 @@ def test_sample_ids_do_not_depend_on_ranks_or_workers(tiny_data: Path, tmp_path:
             recipe = cases.tiny_recipe(
                 "resnet", tiny_data, micro_batches=12, duration="3 steps", data__workers=workers
             )
-            spawn_ranks(ranks, cases.train_cases, [[recipe.as_dict(), str(path), None]], timeout=60)
+            spawn_ranks(
+                ranks, cases.train_cases, [[recipe.as_dict(), str(path), None]], timeout=240
+            )
             traces.append(sample_ids(read_trace(path)))
     assert len(traces[0]) == 3
     assert all(trace == traces[0] for trace in traces)

@@ -159,7 +159,7 @@ def test_the_example_of_the_documents(tmp_path: Path) -> None:
     (tmp_path / "loop.py").write_text(loop)
     for script in ("write.py", "loop.py", "loop.py"):
         command = [sys.executable, script]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
     steps = -(-2 * len(Shards(tmp_path / "data" / "mine", "train")) // 32)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["data"]["step"] == steps
@@ -181,7 +181,7 @@ print(sorted(i for batch in loader for i in batch["x"].ravel().tolist())[:61])
 def test_few_open_files_are_enough(root: Path) -> None:
     """61 shards with at most 64 open files; workers would need more, so there are none, and a line says so."""
     command = [sys.executable, "-c", LIMITED, str(root / "e")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "open files are needed, 64 are allowed" in done.stderr
 
@@ -208,7 +208,7 @@ def test_little_shared_memory_is_said_and_gone_without(root: Path) -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, timeout=20).returncode:
         pytest.skip("no mount namespaces here")
     command = ["unshare", "-m", "sh", "-c", SMALL, sys.executable, str(root / "e")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     if "mount" in done.stderr and "denied" in done.stderr:
         pytest.skip("no mounts here")
     assert done.returncode == 0, done.stderr

@@ -206,7 +206,7 @@ def test_a_thousand_names_arrive_byte_for_byte_or_are_refused(tmp_path: Path) ->
         },
         cwd=tmp_path,
         capture_output=True,
-        timeout=120,
+        timeout=240,
     )
     arrived = [one.split(b"\0")[:-1] for one in told.read_bytes().split(b"\1")[:-1]]
     assert arrived == [[word.encode() for word in words] for words in expected], done.stderr[-500:]

@@ -198,7 +198,7 @@ def test_the_hub_is_read_from_its_cache(
     (model / "refs" / "main").write_text(snapshot.name)
     environ = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     ((evaluated, refused),) = spawn_ranks(
-        1, cases.from_hub, str(tiny_data), str(tmp_path), environ=environ, timeout=90
+        1, cases.from_hub, str(tiny_data), str(tmp_path), environ=environ, timeout=240
     )
     assert evaluated == found["single/folder"][1]
     assert refused.startswith("weights.from: hf://somebody/other could not be fetched: ")

@@ -109,7 +109,7 @@ def test_one_process_of_many_makes_the_index(tmp_path: Path, processes) -> None:
     ]
     for process in looking:
         process.start()
-    prints = {told.get(timeout=120) for _ in looking}
+    prints = {told.get(timeout=240) for _ in looking}
     for process in looking:
         process.join(120)
     assert len(prints) == 1 and check(tmp_path / "set") == []

@@ -33,12 +33,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 )
 def test_no_bad_end_is_taken_for_success(how: str, said: str) -> None:
     with pytest.raises(RankFailed, match=said.replace("(", r"\(")):
-        start_ranks(2, rank_cases.end_badly, how, 1, timeout=60)
+        start_ranks(2, rank_cases.end_badly, how, 1, timeout=240)
 
 
 def test_what_failed_in_turn_is_said_after_the_cause() -> None:
     with pytest.raises(RankFailed) as caught:
-        start_ranks(2, rank_cases.end_badly, "sys.exit(0)", 1, timeout=60)
+        start_ranks(2, rank_cases.end_badly, "sys.exit(0)", 1, timeout=240)
     first, _, rest = str(caught.value).partition("\n")
     assert first == "rank-1 failed:"
     assert "rank-0 failed in turn: " not in rest or rest.index("SystemExit") < rest.index("rank-0")

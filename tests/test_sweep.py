@@ -307,7 +307,7 @@ def test_a_killed_sweep_goes_on(recipe: Recipe, tmp_path: Path) -> None:
     process = started(gated, path, space, "--resume", "--at-once", "2", "--json")
     wait_until(lambda: list(path.glob("trials/0003-*/checkpoints/step-00000008")), process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     assert "SIGINT: 4 trials begun, go on with: dist-train sweep" in json.loads(out)["error"]
     assert processes_of(path) == []

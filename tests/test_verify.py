@@ -42,13 +42,13 @@ def found(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = str(tmp_path_factory.mktemp("planted"))
     models = sorted({model for model, *_ in BUGS.values()})
     plans = {model: settings(model, "ddp", tiny_data) for model in models}
-    (truth,) = spawn_ranks(1, cases.references, plans, folder, STEPS, timeout=120)
+    (truth,) = spawn_ranks(1, cases.references, plans, folder, STEPS, timeout=240)
     grid = [
         [f"{bug}-{strategy}", model, settings(model, strategy, tiny_data)]
         for bug, (model, own, *_) in BUGS.items()
         for strategy in (own, "fsdp2")
     ]
-    return spawn_ranks(2, cases.planted_grid, grid, truth, folder, timeout=120)[0] | {"one": truth}
+    return spawn_ranks(2, cases.planted_grid, grid, truth, folder, timeout=240)[0] | {"one": truth}
 
 
 @pytest.mark.parametrize(

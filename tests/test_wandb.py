@@ -130,7 +130,7 @@ def test_each_row_once_over_kills_and_resumes(directory: RunDirectory) -> None:
             KILLED,
             *map(str, (directory.path, kill, int(drain), total)),
         ]
-        ended = subprocess.run(command, timeout=60, capture_output=True, text=True)
+        ended = subprocess.run(command, timeout=240, capture_output=True, text=True)
         assert ended.returncode == (0 if kill == -1 else -signal.SIGKILL), ended.stderr
     rows = directory.rows()
     assert steps_of(rows) == list(range(1, total + 1))

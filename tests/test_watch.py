@@ -55,7 +55,7 @@ def test_a_hang_is_found_named_and_ended(
         plan, fault = plan.set("callbacks.mismatched", {"name": "cases:Mismatched"}), ""
     with pytest.raises(RankFailed, match=r"rank-\d was ended by SIGALRM \(it hung"):
         spawn_ranks(
-            ranks, cases.train_case, plan.as_dict(), str(tmp_path / "run"), fault, None, timeout=60
+            ranks, cases.train_case, plan.as_dict(), str(tmp_path / "run"), fault, None, timeout=240
         )
     report = (tmp_path / "run" / "logs" / "hang.txt").read_text()
     assert report.startswith(f"hang: nothing moved for {LIMIT:g} s: {HANGS[what, ranks]}"), report
@@ -136,7 +136,7 @@ def test_a_run_that_hangs_is_started_again_and_is_the_unbroken_run(
 def test_a_late_rank_is_named(tiny_data: Path, tmp_path: Path) -> None:
     plan = cases.tiny_recipe("resnet", tiny_data, duration="60 steps", log__every="10 steps")
     plan = plan.set("callbacks.late", {"name": "cases:Late"})
-    spawn_ranks(2, cases.train_cases, [[plan.as_dict(), str(tmp_path / "run"), None]], timeout=60)
+    spawn_ranks(2, cases.train_cases, [[plan.as_dict(), str(tmp_path / "run"), None]], timeout=240)
     rows = {row["step"]: row.get("straggler") for row in RunDirectory(tmp_path / "run").rows()}
     assert rows[10] is None
     assert {rows[step] for step in (30, 40, 50, 60)} == {1}

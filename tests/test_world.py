@@ -24,7 +24,7 @@ OTHERS = pytest.mark.parametrize("others", ("in a collective", "by themselves"))
 
 @pytest.fixture(scope="module")
 def told() -> list[dict[str, Any]]:
-    return spawn_ranks(3, cases.talk, timeout=60)
+    return spawn_ranks(3, cases.talk, timeout=240)
 
 
 def test_every_rank_knows_its_place(told: list[dict[str, Any]]) -> None:
@@ -74,7 +74,7 @@ def assert_gone(folder: Path, ranks: int) -> None:
 @OTHERS
 def test_the_first_traceback_is_reported(tmp_path: Path, others: str) -> None:
     with pytest.raises(RankFailed) as caught:
-        spawn_ranks(3, cases.fall, "error", 1, str(tmp_path), others, timeout=60)
+        spawn_ranks(3, cases.fall, "error", 1, str(tmp_path), others, timeout=240)
     message = str(caught.value)
     assert message.startswith("rank-1 failed:\nTraceback")
     assert "ValueError: planted in rank 1" in message
@@ -84,7 +84,7 @@ def test_the_first_traceback_is_reported(tmp_path: Path, others: str) -> None:
 
 def test_a_user_error_stays_one(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        spawn_ranks(2, cases.fall, "user error", 1, str(tmp_path), "in a collective", timeout=60)
+        spawn_ranks(2, cases.fall, "user error", 1, str(tmp_path), "in a collective", timeout=240)
     assert str(caught.value) == "optimizer.rate: planted in rank 1"
     assert_gone(tmp_path, 2)
 
@@ -93,13 +93,13 @@ def test_a_user_error_stays_one(tmp_path: Path) -> None:
 def test_a_killed_rank_is_named(tmp_path: Path, others: str) -> None:
     """Also where the others fail first, because they have lost it."""
     with pytest.raises(RankFailed, match="rank-1 was ended by SIGKILL"):
-        spawn_ranks(2, cases.fall, "kill", 1, str(tmp_path), others, timeout=60)
+        spawn_ranks(2, cases.fall, "kill", 1, str(tmp_path), others, timeout=240)
     assert_gone(tmp_path, 2)
 
 
 def test_an_exit_code_is_named(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="rank-0 ended with exit code 3"):
-        spawn_ranks(2, cases.fall, "exit", 0, str(tmp_path), "by themselves", timeout=60)
+        spawn_ranks(2, cases.fall, "exit", 0, str(tmp_path), "by themselves", timeout=240)
     assert_gone(tmp_path, 2)
 
 
