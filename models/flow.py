@@ -203,7 +203,8 @@ def coupled(x: Tensor, numbers: Tensor, parts: int, inverse: bool) -> tuple[Tens
     """
     if parts == 1:
         return (x - numbers if inverse else x + numbers), torch.zeros_like(x)
-    s, t = numbers.chunk(2, dim=1)
+    # in the type of x: exp of an s in half precision is not of the slope that s says
+    s, t = numbers.to(x.dtype).chunk(2, dim=1)
     s = 2 * (s / 2).tanh()
     return ((x - t) * (-s).exp(), -s) if inverse else (x * s.exp() + t, s)
 
