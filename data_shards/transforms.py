@@ -108,7 +108,8 @@ class CenterCrop(Batched):
 class RandomResizedCrop:
     """Cut out a window of random area and shape, and resize it to `size` x `size` (Szegedy et al. 2015).
 
-    Its area is uniform in `area` (shares of the image), the logarithm of its width / height uniform in `aspect`.
+    Its area is uniform in `area` (shares of the image), the logarithm of its width / height uniform in `aspect`; what
+    is then higher or wider than the image is cut to it.
     """
 
     def __init__(

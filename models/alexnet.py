@@ -99,6 +99,7 @@ class AlexNet(nn.Module):
         """Draw the weights from the default generator.
 
         The paper's Gaussian of 0.01 belongs to its size; sqrt(2 / fan_in) keeps the signal at any (arXiv:1502.01852).
+        Biases begin at 0; in the paper those of convolutions 2, 4 and 5 and of the hidden layers do at 1.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):

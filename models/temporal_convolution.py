@@ -31,7 +31,8 @@ class CausalConvolution(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions of one dilation, added to the residual stream."""
+    """Two convolutions of one dilation, added to the residual stream; dropout of single numbers, in the paper of whole
+    channels."""
 
     def __init__(
         self, in_channels: int, channels: int, kernel: int, dilation: int, dropout: float

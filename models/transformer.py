@@ -19,7 +19,8 @@ POSITIONS = ("learned", "sinusoidal")
 
 
 class Block(nn.Module):
-    """Self-attention, attention to a memory if `cross`, then an MLP, each added to the residual stream.
+    """Self-attention, attention to a memory if `cross`, then an MLP, each added to the residual stream. The MLP has
+    GELU, as GPT-2 does, where the first Transformers had ReLU.
 
     `norm` "pre" normalises what enters each of them, "post" the stream after each sum, as the paper did.
     """

@@ -51,7 +51,9 @@ class CycleGAN(Objective):
     of both, which are a pair where the domains show the same things, and tells how far apart they are: L1 in [0, 1].
 
     Args:
-        cycle: weight of the cycle loss. identity: weight of |to_b(b) - b| + |to_a(a) - a|, as a share of `cycle`.
+        cycle: weight of the cycle loss. The translators' squares are halved like the discriminators'; the paper's are
+            not, so 10 here weighs what 20 does there.
+        identity: weight of |to_b(b) - b| + |to_a(a) - a|, as a share of `cycle`.
         pool: how many earlier fakes a slot remembers for each discriminator; 0 for none.
     """
 
