@@ -38,8 +38,7 @@ def build(
     """
     if not 0 <= warmup_steps <= total_steps:
         raise UserError(
-            f"{where}: warmup must be between 0 and the {total_steps} steps of the run,"
-            f" got {warmup_steps}"
+            f"{where}: warmup: got {warmup_steps} steps, expected at most the {total_steps} of the run"
         )
     clock = ("step", "total", "warmup", "cuts")
     factor = check("schedule", {"name": name, **given}, where, provided=clock)

@@ -137,7 +137,9 @@ def test_mistakes_are_named(name: str, arguments: dict[str, object], message: st
 
 
 def test_warm_up_must_fit_the_run() -> None:
-    with pytest.raises(UserError, match=r"between 0 and the 100 steps"):
+    with pytest.raises(
+        UserError, match=r"warmup: got 101 steps, expected at most the 100 of the run"
+    ):
         schedules.build("cosine", 100, 101)
 
 
