@@ -211,7 +211,7 @@ def test_the_head_is_lost(recipe: Path, tmp_path: Path, raylets: Callable[[], Ra
     cluster.kill_head()
     cluster.end()
     eventually(lambda: not processes_of(run_dir), 30)
-    assert step_of(run_dir) == GATES[0]
+    assert step_of(run_dir) == GATES[0] - 1  # the row of a step comes after the gate
     (tmp_path / "open").touch()
     raylets()
     launch(run_dir, run_dir)
