@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cases
 import pytest
@@ -13,6 +13,7 @@ from torch import nn
 
 from dist_train import checkpoint, run
 from dist_train.errors import UserError
+from dist_train.networks import Player
 from dist_train.networks.precision import LossScale, check_device, has_recurrent_bf16, set_numerics
 from dist_train.objectives.classification import Classification
 
@@ -52,6 +53,22 @@ def test_state_survives() -> None:
         scale.update(overflow, ONE, "net")
     other.load_state_dict(scale.state_dict())
     assert vars(other) == vars(scale)
+
+
+class Pair(NamedTuple):
+    code: torch.Tensor
+    steps: int
+
+
+class Named(nn.Module):
+    def forward(self, x: torch.Tensor) -> Pair:
+        return Pair(x @ x.T, 3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_outputs_keep_their_kind_in_every_precision(precision: str) -> None:
+    found = Player({"net": Named()}, precision, "cpu")("net", torch.eye(2))
+    assert isinstance(found, Pair) and found.code.dtype == torch.float32 and found.steps == 3
 
 
 class Exploding(Classification):

@@ -78,14 +78,11 @@ def _channels_last(value: Any) -> Any:
 
 
 def _to_fp32(output: Any, copy: bool) -> Any:
-    if isinstance(output, Tensor):
-        dtype = torch.float32 if output.is_floating_point() else output.dtype
-        return output.to(dtype, copy=copy)
-    if isinstance(output, tuple | list):
-        return type(output)(_to_fp32(part, copy) for part in output)
-    if isinstance(output, dict):
-        return {key: _to_fp32(part, copy) for key, part in output.items()}
-    return output
+    def converted(tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(dtype, copy=copy)
+
+    return tree_map_only(Tensor, converted, output)
 
 
 class Networks:
