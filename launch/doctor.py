@@ -74,7 +74,7 @@ def doctor(
     """
     if nodes is None:
         result = answer(as_json, examine if shards is None else partial(_with_shards, shards))
-        if result.get("shards"):
+        if result.get("damage_of_shards"):
             raise typer.Exit(1)
         return
     ranks = gpus_per_node or ranks_per_node
@@ -107,7 +107,7 @@ def _show_smoke(found: dict[str, Any]) -> None:
 def _with_shards(path: Path) -> dict[str, Any]:
     from dist_train.data_shards.indexing import check
 
-    return examine() | {"shards": check(path)}
+    return examine() | {"damage_of_shards": check(path)}
 
 
 def examine() -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_shards_are_digested(
     tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--shards", str(tiny_data / "text"), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["shards"] == []
+    assert json.loads(capfd.readouterr().out)["damage_of_shards"] == []
 
 
 def test_what_cannot_be_reached_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
