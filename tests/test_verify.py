@@ -10,9 +10,10 @@ import cases
 import planted
 import pytest
 
+from dist_train.errors import UserError
 from dist_train.launch.cli import main
 from dist_train.testing import spawn_ranks
-from dist_train.verify import RECIPE, STRATEGIES, _strategies, parity, verdict
+from dist_train.verify import RECIPE, STRATEGIES, _strategies, parity, verdict, verify
 from dist_train.world import World
 
 STEPS = 3
@@ -155,6 +156,13 @@ def test_the_command_ends_in_1_where_a_recipe_hides_state(
     assert "one process, again: first to differ: loss of step 0, model" in out
     assert "a generator of the model's own" in out
     assert "is in no checkpoint" in out
+
+
+def test_a_run_too_short_to_be_killed_and_go_on(tiny_data: Path) -> None:
+    with pytest.raises(UserError, match="duration: 1 step, expected 2 steps or more: a run is k"):
+        verify(cases.tiny_recipe("resnet", tiny_data, duration="1 step").set("callbacks", {}))
+    with pytest.raises(UserError, match="--steps 1: expected 2 or more"):
+        verify(cases.tiny_recipe("resnet", tiny_data), steps=1)
 
 
 def test_ranks_that_cannot_share_the_batch(

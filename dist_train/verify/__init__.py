@@ -34,6 +34,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 STEPS = 5
 LONGEST = 100
 """A player whose turn does not come within so many steps is not waited for."""
+KILLED = "a run is killed, and goes on from a checkpoint"
 LOOKING_ON = (
     "checkpoint",
     "console",
@@ -72,7 +73,7 @@ def verify(
     if steps is None:
         steps = _steps_for_every_player(objective)
     if steps < 2:
-        raise UserError(f"--steps {steps}: expected 2 or more: a run is killed and goes on")
+        raise UserError(f"--steps {steps}: expected 2 or more: {KILLED}")
     data_folders(recipe)  # packed by this process, not by the ranks
     bare = _bare(recipe, ranks)
     chosen = _strategies(recipe)
@@ -80,6 +81,8 @@ def verify(
         report(f"one process: {steps} steps, then again, then in another order of summing")
         (one,) = start_ranks(1, rank.reference, _plain(bare), scratch, steps)
         steps, floor = one["steps"], one["floor"]
+        if steps < 2:
+            raise UserError(f"duration: {recipe.duration}, expected 2 steps or more: {KILLED}")
         rows = [
             _row("one process, again", 1, verdict.judge_repeat(one["repeat"])),
             _row("one process: the floor", 1, verdict.judge_floor(floor)),
