@@ -31,15 +31,15 @@ def log_mean_probability(log_probability: Tensor) -> Tensor:
 
 
 def log_vote(log_probability: Tensor) -> Tensor:
-    """The log of each class's share of the members' votes: (M, B, K) -> (B, K), -inf for a class without any.
+    """The log of each class's share of the members' votes: (M, B, K) -> (B, K) float64, -inf for a class without any.
 
     Where classes have equally many votes the mean probability decides, which `argmax` then sees.
     """
     members, classes = len(log_probability), log_probability.shape[-1]
     chosen = log_probability.argmax(dim=-1)  # (M, B)
     votes = torch.nn.functional.one_hot(chosen, classes).sum(dim=0)  # (B, K)
-    shares = votes.to(log_probability) / members
-    ties = TIE * log_mean_probability(log_probability).exp()
+    shares = votes.double() / members
+    ties = TIE * log_mean_probability(log_probability.double()).exp()
     return torch.where(shares > 0, (shares + ties).log(), -math.inf)
 
 

@@ -112,8 +112,13 @@ MOST_CLASSES = 1024
 
 
 def class_counts(found: Tensor) -> Tensor:
-    """How often each class came: (1024,) float64."""
-    return torch.bincount(found, minlength=MOST_CLASSES)[:MOST_CLASSES].double()
+    """How often each class came: (1024,) float64. UserError for a class beyond."""
+    counts = torch.bincount(found, minlength=MOST_CLASSES)
+    if len(counts) > MOST_CLASSES:
+        raise UserError(
+            f"objective.judge: takes a picture for class {len(counts) - 1}, but modes are counted up to {MOST_CLASSES}"
+        )
+    return counts.double()
 
 
 def label_agreement(outputs: Mapping[str, Tensor], micro: Rows) -> Tensor:

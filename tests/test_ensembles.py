@@ -61,6 +61,8 @@ def test_mean_probability_and_vote_by_hand() -> None:
     assert torch.allclose(vote.exp(), shares, rtol=0, atol=1e-8)
     assert vote.argmax(1).tolist() == [0, 0]  # of row 1 all have one vote, and the mean decides
     assert mean.argmax(1).tolist() == [1, 0]
+    tied = torch.tensor([[[0.6, 0.4]], [[0.1, 0.9]]]).log()  # in float32 too
+    assert ensembles.combined_log_probability(tied, "vote").argmax(1).tolist() == [1]
     chosen = p.argmax(-1)
     assert chosen.tolist() == [[0, 1], [0, 2], [1, 0]]
     assert ensembles.disagreement(chosen) == pytest.approx((2 / 3 + 1) / 2)

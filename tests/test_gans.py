@@ -283,6 +283,8 @@ def test_metrics_sum_over_micro_batches_what_the_whole_would_give() -> None:
     assert distance.finish(totals[0].tolist()) == pytest.approx(expected)
     counts = [c[:, :9].flatten().bincount(minlength=5).tolist() for c in classes]
     assert modes.finish(totals[1].tolist()) == covered_modes(counts[1], counts[0])
+    with pytest.raises(UserError, match="class 1024, but modes are counted up to 1024"):
+        modes({"class": torch.tensor([3, 1024]), "real_class": torch.tensor([3, 3])}, Rows())
 
 
 def test_the_ring_of_8_gaussians_has_its_modes_counted() -> None:
